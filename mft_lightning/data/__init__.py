@@ -1,0 +1,1 @@
+"""Task directories to batches."""

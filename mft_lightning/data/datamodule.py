@@ -1,0 +1,302 @@
+"""The LightningDataModule: task directories to planned batches."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from mft_lightning.data.chat_format import ChatFormat
+from mft_lightning.data.collate import MicroBatch
+from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
+from mft_lightning.data.plan import Plan, deal_evaluation, derive_batch_sizes, limit_per_task
+from mft_lightning.data.tasks import SPLITS, Task, find_tasks, parse_shares
+from mft_lightning.data.token_cache import RecordPolicy, TaskReport, TokenTable, build_tables
+from mft_lightning.data.tokenizer import load_tokenizer
+from mft_lightning.errors import NotYetError, UserError
+from mft_lightning.shipped import shipped_example
+
+DEFAULT_SPLIT = "95,5,0"
+
+
+class MFTDataModule(L.LightningDataModule):
+    """Task directories of JSONL conversations, tokenised, masked, planned and batched.
+
+    Args:
+        data_paths: task directories, a list or the string "[a,b,c]"; the last part of a path is the task's name.
+        tokenizer_path: directory or hub id of the tokenizer.
+        valid_data_paths: a separate validation set, directories named as the tasks; instead of a validation share.
+        data_split: percentages "train,valid,test" of each task, shuffled by the seed. Default "95,5,0".
+        tokenize_mode: "sft" learns from bot turns only, "pretrain" from every token.
+        padding_mode: "pack" lays conversations end to end without padding, isolated from each other; "padding" gives
+            each a row. "concat" is not supported yet.
+        seq_length: most tokens of a conversation.
+        on_overlong: what becomes of longer ones: "drop" (counted), "truncate" from the end, or "error".
+        on_bad_record: "error" stops at the first bad line, "skip" leaves bad lines out and counts them.
+        max_skipped_share: most of a task's records that may be bad before skipping becomes an error.
+        total_train_batch_size: conversations of one optimizer step over all devices.
+        per_device_train_batch_size: conversations of one micro-batch: at most when padded, on average when packed.
+        gradient_accumulation_steps: micro-batches per device and optimizer step.
+        per_device_valid_batch_size: conversations of a validation micro-batch. Default: as in training.
+        total_train_batch_tokens: not supported yet.
+        task_weights: loss weight of each task (case3 and case4), a mapping by name or a list; scaled to mean 1.
+        task_sampling: "proportional": every conversation once an epoch. Rates and temperature: not supported yet.
+        num_workers: loader processes. Default: from the cores there are, at most 4.
+        preprocessing_num_workers: not supported yet (the tokenizer uses all cores by itself).
+        cache_dir: not supported yet (token ids are kept in memory).
+        eos_token: closes every answer. Default: the tokenizer's.
+        pad_token: fills padded rows. Default: <|padding|> where the tokenizer has it, else its own, else eos.
+        role_tokens: "text" leaves the role markers ordinary text. "added" is not supported yet.
+        normalize_punctuation: rewrite full-width punctuation in all contents to ASCII, as the original did.
+        trust_remote_code: run code that comes with the tokenizer.
+        max_evaluation_conversations: at most so many conversations of each task in an evaluation. Default: all.
+        exclude_tasks: tasks that are left out of evaluations.
+        seed: of the split and the shuffles.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_paths: list[str] | str,
+        tokenizer_path: str,
+        valid_data_paths: list[str] | str | None = None,
+        data_split: str | None = None,
+        tokenize_mode: Literal["sft", "pretrain"] = "sft",
+        padding_mode: Literal["pack", "padding", "concat"] = "pack",
+        seq_length: int = 2048,
+        on_overlong: Literal["drop", "truncate", "error"] = "drop",
+        on_bad_record: Literal["error", "skip"] = "error",
+        max_skipped_share: float = 0.05,
+        total_train_batch_size: int | None = None,
+        per_device_train_batch_size: int | None = None,
+        gradient_accumulation_steps: int | None = None,
+        per_device_valid_batch_size: int | None = None,
+        total_train_batch_tokens: int | None = None,
+        task_weights: dict[str, float] | list[float] | None = None,
+        task_sampling: Any = "proportional",
+        num_workers: int | None = None,
+        preprocessing_num_workers: int | None = None,
+        cache_dir: str | None = None,
+        eos_token: str | None = None,
+        pad_token: str | None = None,
+        role_tokens: Literal["text", "added"] = "text",
+        normalize_punctuation: bool = False,
+        trust_remote_code: bool = False,
+        max_evaluation_conversations: int | None = None,
+        exclude_tasks: list[str] | None = None,
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        _refuse_not_yet(
+            {
+                "padding_mode": (padding_mode, padding_mode == "concat", "Use pack or padding."),
+                "total_train_batch_tokens": (
+                    total_train_batch_tokens,
+                    total_train_batch_tokens is not None,
+                    "Use data.total_train_batch_size.",
+                ),
+                "task_sampling": (task_sampling, task_sampling != "proportional", "Use proportional."),
+                "preprocessing_num_workers": (
+                    preprocessing_num_workers,
+                    preprocessing_num_workers is not None,
+                    "Leave it out: the tokenizer uses all cores by itself.",
+                ),
+                "cache_dir": (cache_dir, cache_dir is not None, "Leave it out: token ids are kept in memory."),
+                "role_tokens": (role_tokens, role_tokens == "added", "Use text."),
+            }
+        )
+        if seq_length < 2:
+            raise UserError(f"data.seq_length: {seq_length} leaves no token to predict. Give at least 2.")
+        if valid_data_paths is not None and data_split is not None:
+            raise UserError("data.valid_data_paths and data.data_split are both given. Leave one of them out.")
+        if per_device_valid_batch_size is not None and per_device_valid_batch_size < 1:
+            raise UserError(f"data.per_device_valid_batch_size: {per_device_valid_batch_size} is less than 1.")
+        self.tasks = find_tasks(data_paths)
+        self.valid_tasks = _aligned(valid_data_paths, self.tasks)
+        self.shares = parse_shares(data_split or ("100,0,0" if self.valid_tasks else DEFAULT_SPLIT))
+        self.task_weights = parse_task_weights(task_weights, self.task_names)
+        self.policy = RecordPolicy(
+            seq_length=seq_length,
+            on_overlong=on_overlong,
+            on_bad_record=on_bad_record,
+            max_skipped_share=max_skipped_share,
+        )
+        self.packed = padding_mode == "pack"
+        self.batch_sizes = derive_batch_sizes(
+            total_train_batch_size, per_device_train_batch_size, gradient_accumulation_steps
+        )
+        self.valid_batch_size = per_device_valid_batch_size or self.batch_sizes.per_device
+        self.num_workers = max(0, min(4, (os.cpu_count() or 1) // 2 - 1)) if num_workers is None else num_workers
+        self.seed = seed
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+            shipped_example(tokenizer_path),
+            eos_token=eos_token,
+            pad_token=pad_token,
+            trust_remote_code=trust_remote_code,
+        )
+        self.chat_format = ChatFormat(
+            self.tokenizer, tokenize_mode=tokenize_mode, normalize_punctuation=normalize_punctuation
+        )
+        self.max_evaluation_conversations = max_evaluation_conversations
+        self.exclude_tasks = exclude_tasks or []
+        if unknown := [name for name in self.exclude_tasks if name not in self.task_names]:
+            raise UserError(f"evaluation.exclude_tasks: {unknown} is none of the tasks {', '.join(self.task_names)}.")
+        self.tables: dict[str, TokenTable] | None = None
+        self.reports: list[TaskReport] = []
+        self.valid_reports: list[TaskReport] = []
+
+    @property
+    def task_names(self) -> list[str]:
+        return [task.name for task in self.tasks]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Encode all records into tables, once.
+
+        Raises:
+            UserError: a bad record, or no conversation left to train on.
+        """
+        if self.tables is not None:
+            return
+        tables, self.reports = build_tables(self.tasks, self.shares, self.chat_format, self.policy, self.seed)
+        if self.valid_tasks:
+            valid, self.valid_reports = build_tables(
+                self.valid_tasks, (0.0, 1.0, 0.0), self.chat_format, self.policy, self.seed
+            )
+            numbers = np.array([self.task_names.index(task.name) for task in self.valid_tasks])
+            table = valid["valid"]
+            tables["valid"] = TokenTable(
+                table.input_ids, table.supervised, table.offsets, numbers[table.tasks], table.n_supervised
+            )
+        present = np.bincount(tables["train"].tasks, minlength=len(self.tasks))
+        if missing := [name for name, count in zip(self.task_names, present, strict=True) if count == 0]:
+            reasons = {report.task: dict(report.dropped) for report in self.reports if report.task in missing}
+            raise UserError(
+                f"data.data_paths: no training conversation is left of {', '.join(missing)}; left out: {reasons}."
+            )
+        self.tables = tables
+
+    def table(self, split: str) -> TokenTable:
+        """The conversations of ``train``, ``valid`` or ``test``."""
+        self.setup()
+        assert self.tables is not None
+        return self.tables[split]
+
+    def check_evaluation(self, split: str) -> None:
+        """Raise where a task that is not excluded has nothing to evaluate on.
+
+        Raises:
+            UserError: naming the tasks and the ways on.
+        """
+        counts = np.bincount(self.table(split).tasks, minlength=len(self.tasks))
+        empty = [name for name, count in zip(self.task_names, counts, strict=True) if count == 0]
+        if missing := [name for name in empty if name not in self.exclude_tasks]:
+            raise UserError(
+                f"data.data_split: no conversation to evaluate ({split}) is left of {', '.join(missing)}. Raise its "
+                "share, give data.valid_data_paths, name the task in evaluation.exclude_tasks, or set "
+                "evaluation.strategy: none."
+            )
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the training split."""
+        return Plan(
+            lengths=self.table("train").lengths,
+            total=self.batch_sizes.total,
+            per_device=self.batch_sizes.per_device,
+            packed=self.packed,
+            seed=self.seed,
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the global batches, by config key; a checkpoint resumes only on the same."""
+        table = self.table("train")
+        digest = hashlib.sha256(table.input_ids.tobytes())
+        digest.update(table.supervised.tobytes())
+        digest.update(table.offsets.tobytes())
+        digest.update(table.tasks.tobytes())
+        return {
+            "data.data_paths (tasks)": self.task_names,
+            "data.total_train_batch_size": self.batch_sizes.total,
+            "seed_everything": self.seed,
+            "training conversations": len(table),
+            "training tokens (digest)": digest.hexdigest()[:16],
+        }
+
+    def train_dataloader(self) -> TrainLoader:
+        rank, world = self._place()
+        assert self.tokenizer.pad_token_id is not None
+        steps = TrainSteps(
+            self.table("train"),
+            self.plan,
+            tasks=len(self.tasks),
+            pad_id=self.tokenizer.pad_token_id,
+            rank=rank,
+            world=world,
+        )
+        return TrainLoader(steps, self.fingerprint(), self.num_workers)
+
+    def val_dataloader(self) -> DataLoader[MicroBatch]:
+        return self._evaluation_loader("valid")
+
+    def test_dataloader(self) -> DataLoader[MicroBatch]:
+        return self._evaluation_loader("test")
+
+    def _evaluation_loader(self, split: str) -> DataLoader[MicroBatch]:
+        rank, world = self._place()
+        table = self.table(split)
+        kept = limit_per_task(table.tasks, self.max_evaluation_conversations, self.seed)
+        excluded = [self.task_names.index(name) for name in self.exclude_tasks]
+        kept = kept[~np.isin(table.tasks[kept], excluded)]
+        dealt = [kept[part] for part in deal_evaluation(table.lengths[kept], self.valid_batch_size, rank, world)]
+        assert self.tokenizer.pad_token_id is not None
+        steps = EvaluationSteps(table, dealt, packed=self.packed, pad_id=self.tokenizer.pad_token_id)
+        return DataLoader(steps, batch_size=None, num_workers=self.num_workers)
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def parse_task_weights(weights: dict[str, float] | list[float] | None, names: list[str]) -> list[float] | None:
+    """Weights in the order of ``names``, scaled to mean 1; None where none are given.
+
+    Raises:
+        UserError: a task without a weight, an unknown task, or a weight that is not positive.
+    """
+    if weights is None:
+        return None
+    if isinstance(weights, dict):
+        if set(weights) != set(names):
+            wrong = sorted(set(weights) ^ set(names))
+            raise UserError(f"data.task_weights: give one weight for each of {', '.join(names)} (see {wrong}).")
+        values = [float(weights[name]) for name in names]
+    else:
+        values = [float(weight) for weight in weights]
+    if len(values) != len(names) or not all(0 < value < float("inf") for value in values):
+        raise UserError(f"data.task_weights: {weights} is not one positive number for each of {', '.join(names)}.")
+    mean = sum(values) / len(values)
+    return [value / mean for value in values]
+
+
+def _aligned(paths: list[str] | str | None, tasks: list[Task]) -> list[Task]:
+    """The validation tasks, each named as a training task."""
+    if paths is None:
+        return []
+    found = find_tasks(paths, "data.valid_data_paths")
+    names = [task.name for task in tasks]
+    if unknown := [task.name for task in found if task.name not in names]:
+        raise UserError(f"data.valid_data_paths: {', '.join(unknown)} is none of the tasks {', '.join(names)}.")
+    return found
+
+
+def _refuse_not_yet(settings: dict[str, tuple[Any, bool, str]]) -> None:
+    for key, (value, refused, instead) in settings.items():
+        if refused:
+            raise NotYetError(f"data.{key}", value, instead)
+
+
+__all__ = ["SPLITS", "MFTDataModule", "parse_task_weights"]

@@ -1,0 +1,152 @@
+"""The plan: which conversations an optimizer step sees, and how they are dealt to ranks and micro-batches.
+
+Everything here is a pure function of (seed, epoch, step, lengths): global batches are formed first and do not know how
+many devices there are; dealing them out changes who computes what, never what is learned from.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+import numpy as np
+
+from mft_lightning.errors import UserError
+
+DEFAULT_TOTAL, DEFAULT_PER_DEVICE = 32, 8
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Conversations of one optimizer step (``total``), of one micro-batch, and micro-batches per device and step."""
+
+    total: int
+    per_device: int
+    accumulation: int
+
+
+def derive_batch_sizes(
+    total: int | None, per_device: int | None, accumulation: int | None, devices: int = 1
+) -> BatchSizes:
+    """Fill in what is not given: total and per device give the accumulation, per device and accumulation the total.
+
+    Raises:
+        UserError: a number below 1, or three numbers that contradict each other.
+    """
+    given = {
+        "data.total_train_batch_size": total,
+        "data.per_device_train_batch_size": per_device,
+        "data.gradient_accumulation_steps": accumulation,
+    }
+    for key, value in given.items():
+        if value is not None and value < 1:
+            raise UserError(f"{key}: {value} is less than 1.")
+    if total is None and per_device is None and accumulation is None:
+        total = DEFAULT_TOTAL
+    if per_device is None:
+        share = DEFAULT_PER_DEVICE * devices if total is None else total
+        per_device = ceil(share / (devices * accumulation)) if accumulation else min(DEFAULT_PER_DEVICE, share)
+    if total is None:
+        accumulation = accumulation or 1
+        total = devices * per_device * accumulation
+    expected = ceil(total / (devices * per_device))
+    if accumulation is not None and accumulation != expected:
+        raise UserError(
+            f"data.total_train_batch_size: {total} on {devices} device(s) with data.per_device_train_batch_size: "
+            f"{per_device} takes {expected} micro-batches, but data.gradient_accumulation_steps is {accumulation}. "
+            "Leave one of the three out."
+        )
+    return BatchSizes(total, per_device, expected)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of ``count`` conversations in an epoch: every one exactly once, ``int64 [count]``."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Global batches and their dealing.
+
+    Args:
+        lengths: tokens of each conversation, ``int64 [conversations]``.
+        total: conversations of a global batch; the last of an epoch may be shorter.
+        per_device: conversations of a micro-batch: at most when padded, on average when packed.
+        packed: balance tokens over micro-batches, instead of putting like lengths together.
+        seed: of the shuffles.
+    """
+
+    lengths: np.ndarray
+    total: int
+    per_device: int
+    packed: bool
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return ceil(len(self.lengths) / self.total)
+
+    def total_steps(self, max_epochs: int | None, max_steps: int | None) -> int:
+        """Optimizer steps of a run that ends at whichever limit comes first; None and -1 are no limit.
+
+        Raises:
+            UserError: neither is a limit.
+        """
+        limits = [max_steps] if max_steps not in (None, -1) else []
+        if max_epochs not in (None, -1):
+            limits.append(max_epochs * self.steps_per_epoch)
+        if not limits:
+            raise UserError(
+                "trainer.max_epochs: give it or trainer.max_steps; the learning rate decays towards the end."
+            )
+        return min(limits)
+
+    def global_batch(self, epoch: int, step: int) -> np.ndarray:
+        """The conversations of one optimizer step: indices, ``int64 [<= total]``."""
+        order = epoch_order(len(self.lengths), self.seed, epoch)
+        return order[step * self.total : (step + 1) * self.total]
+
+    def deal(self, batch: np.ndarray, rank: int, world: int) -> list[np.ndarray]:
+        """One rank's micro-batches of a global batch; every rank gets the same number, some possibly empty."""
+        micros = ceil(len(batch) / (world * self.per_device))
+        slots = self._balanced(batch, world * micros) if self.packed else self._alike(batch)
+        empty = np.empty(0, dtype=np.int64)
+        mine = slots[rank::world]
+        return mine + [empty] * (micros - len(mine))
+
+    def _longest_first(self, batch: np.ndarray) -> np.ndarray:
+        return batch[np.lexsort((batch, -self.lengths[batch]))]
+
+    def _balanced(self, batch: np.ndarray, slots: int) -> list[np.ndarray]:
+        """Longest first, each to the slot with the fewest tokens so far."""
+        dealt: list[list[int]] = [[] for _ in range(slots)]
+        heap = [(0, slot) for slot in range(slots)]
+        for index in self._longest_first(batch):
+            tokens, slot = heapq.heappop(heap)
+            dealt[slot].append(int(index))
+            heapq.heappush(heap, (tokens + int(self.lengths[index]), slot))
+        return [np.array(slot, dtype=np.int64) for slot in dealt]
+
+    def _alike(self, batch: np.ndarray) -> list[np.ndarray]:
+        """Micro-batches of like lengths, so that little is padded; the ranks work on neighbours at the same time."""
+        ordered = self._longest_first(batch)
+        return [ordered[start : start + self.per_device] for start in range(0, len(ordered), self.per_device)]
+
+
+def deal_evaluation(lengths: np.ndarray, per_device: int, rank: int, world: int) -> list[np.ndarray]:
+    """One rank's micro-batches of an evaluation over all conversations, each exactly once over the ranks."""
+    everything = np.arange(len(lengths))
+    plan = Plan(lengths=lengths, total=max(1, len(lengths)), per_device=per_device, packed=False, seed=0)
+    return plan.deal(everything, rank, world)
+
+
+def limit_per_task(tasks: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
+    """Indices of at most ``limit`` conversations of each task, drawn by ``seed``, in ascending order."""
+    if limit is None:
+        return np.arange(len(tasks))
+    order = np.random.default_rng([seed]).permutation(len(tasks))
+    kept = [order[tasks[order] == task][:limit] for task in np.unique(tasks)]
+    return np.sort(np.concatenate(kept)) if kept else order

@@ -1,0 +1,185 @@
+"""JSONL lines to conversations. Every line is a conversation or a :class:`BadRecord` with its reason and field."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mft_lightning.errors import UserError
+
+Role = Literal["system", "human", "bot"]
+ROLE_ALIASES: dict[str, Role] = {
+    "system": "system",
+    "human": "human",
+    "user": "human",
+    "bot": "bot",
+    "assistant": "bot",
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Either chat ``turns`` (an optional system turn, then human and bot in alternation) or plain ``text``."""
+
+    turns: tuple[Turn, ...] = ()
+    text: str | None = None
+
+
+class BadRecord(Exception):
+    """A line that is no usable conversation.
+
+    Args:
+        reason: a short, stable name to count by (``unknown-role``).
+        detail: the sentence a user reads, naming the field.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is not blank: where it stands and its bytes, without the line end."""
+
+    file: Path
+    number: int
+    raw: bytes
+
+
+def task_files(task_dir: Path) -> list[Path]:
+    """The data files of a task directory, by name: ``*.jsonl`` and ``*.jsonl.gz``.
+
+    Raises:
+        UserError: the directory is missing, holds no data file, or holds one that cannot be read yet.
+    """
+    if not task_dir.is_dir():
+        raise UserError(f"data.data_paths: {task_dir} is not a directory. Give the task's directory of *.jsonl files.")
+    names = sorted(path for path in task_dir.iterdir() if path.is_file())
+    if compressed := [path for path in names if path.name.endswith(".jsonl.zst")]:
+        raise UserError(f"{compressed[0]}: zstd files are not read yet. Decompress it (`zstd -d`) or use gzip.")
+    files = [path for path in names if path.name.endswith((".jsonl", ".jsonl.gz"))]
+    if not files:
+        found = ", ".join(path.name for path in names[:5]) or "nothing"
+        raise UserError(f"data.data_paths: no *.jsonl file in {task_dir} (it holds {found}).")
+    return files
+
+
+def read_lines(file: Path) -> Iterator[Line]:
+    """The lines of ``file`` that are not blank, numbered from 1; a byte order mark and CRLF are taken off."""
+    opener = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rb") as handle:
+            for number, raw in enumerate(handle, start=1):
+                if number == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                raw = raw.strip(b" \t\r\n")
+                if raw:
+                    yield Line(file, number, raw)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file}: cannot be read ({error}).") from error
+
+
+def parse_record(raw: bytes) -> Conversation:
+    """One JSONL line to a conversation.
+
+    The first of these forms that the object has is read, and its other fields are ignored: ``chat_rounds`` or
+    ``messages`` (lists of ``role`` and ``content``), ``prompt`` and ``answer`` (with an optional ``system``), ``text``.
+
+    Raises:
+        BadRecord: with the reason and the field.
+    """
+    record = _parse_json(raw)
+    for field in ("chat_rounds", "messages"):
+        if field in record:
+            rounds = _rounds(record[field], field)
+            return Conversation(turns=_checked_order(rounds, [f"{field}[{i}]" for i in range(len(rounds))], field))
+    if "prompt" in record or "answer" in record:
+        fields: dict[str, Role] = {"prompt": "human", "answer": "bot"}
+        if record.get("system") is not None:
+            fields = {"system": "system", **fields}
+        turns = [Turn(role, _text(record, field)) for field, role in fields.items()]
+        return Conversation(turns=_checked_order(turns, list(fields), "answer"))
+    if "text" in record:
+        text = _text(record, "text")
+        if not text:
+            raise BadRecord("empty-text", "text: is empty")
+        return Conversation(text=text)
+    raise BadRecord("no-conversation", "has none of the fields chat_rounds, messages, prompt + answer, text")
+
+
+def _parse_json(raw: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except UnicodeDecodeError as error:
+        raise BadRecord("not-utf8", f"is not UTF-8 (byte {error.start} of the line)") from error
+    except json.JSONDecodeError as error:
+        raise BadRecord("invalid-json", f"is not valid JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise BadRecord("invalid-json", "is nested too deeply") from error
+    if not isinstance(record, dict):
+        raise BadRecord("not-an-object", f"is a JSON {type(record).__name__}, not an object")
+    return record
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise BadRecord("duplicate-key", f"{repeated}: stands twice in one object")
+    return record
+
+
+def _text(record: dict[str, Any], field: str, where: str = "") -> str:
+    value = record.get(field)
+    if not isinstance(value, str):
+        what = "is missing" if field not in record else f"is {type(value).__name__}, not a string"
+        raise BadRecord("missing-content", f"{where}{field}: {what}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecord("not-unicode", f"{where}{field}: holds a lone surrogate (character {error.start})") from error
+    return value
+
+
+def _rounds(rounds: Any, field: str) -> list[Turn]:
+    if not isinstance(rounds, list):
+        raise BadRecord("bad-rounds", f"{field}: is {type(rounds).__name__}, not a list")
+    turns = []
+    for i, item in enumerate(rounds):
+        where = f"{field}[{i}]"
+        if not isinstance(item, dict):
+            raise BadRecord("bad-rounds", f"{where}: is {type(item).__name__}, not an object")
+        role = ROLE_ALIASES.get(item["role"]) if isinstance(item.get("role"), str) else None
+        if role is None:
+            known = ", ".join(ROLE_ALIASES)
+            raise BadRecord("unknown-role", f"{where}.role: {item.get('role')!r} is none of {known}")
+        turns.append(Turn(role, _text(item, "content", f"{where}.")))
+    return turns
+
+
+def _checked_order(turns: list[Turn], names: list[str], field: str) -> tuple[Turn, ...]:
+    """A system turn only in front; then human and bot in alternation, human first; an answer in every bot turn."""
+    start = 1 if turns and turns[0].role == "system" else 0
+    for i, turn in enumerate(turns[start:], start=start):
+        expected = "human" if (i - start) % 2 == 0 else "bot"
+        if turn.role != expected:
+            raise BadRecord("role-order", f"{names[i]}: is a {turn.role} turn where a {expected} turn must stand")
+        if turn.role == "bot" and not turn.content:
+            raise BadRecord("empty-answer", f"{names[i]}: the bot's answer is empty")
+    if not any(turn.role == "bot" for turn in turns):
+        raise BadRecord("no-bot-turn", f"{field}: has no bot turn to learn from")
+    return tuple(turns)

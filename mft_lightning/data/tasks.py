@@ -1,0 +1,101 @@
+"""Task directories and their split into training, validation and test conversations."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mft_lightning.errors import UserError
+from mft_lightning.shipped import shipped_example
+
+SPLITS = ("train", "valid", "test")
+_TASK_NAME = re.compile(r"[\w][\w .+-]*")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A directory of JSONL files; the last part of its path is the task's name."""
+
+    name: str
+    directory: Path
+
+
+def parse_paths(paths: Sequence[str] | str, key: str) -> list[str]:
+    """A YAML list, or the original's string ``"[a,b,c]"``, as a list of paths.
+
+    Raises:
+        UserError: naming ``key``, where nothing is left or a part is empty.
+    """
+    if isinstance(paths, str):
+        inner = paths.strip()
+        if inner.startswith("[") and inner.endswith("]"):
+            inner = inner[1:-1]
+        parts = [part.strip().strip("'\"") for part in inner.split(",")]
+    else:
+        parts = [str(part) for part in paths]
+    if not parts or not all(parts):
+        raise UserError(f"{key}: {paths!r} names no directory. Give a list of task directories, or '[a,b,c]'.")
+    return parts
+
+
+def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list[Task]:
+    """The tasks that ``paths`` name, in order.
+
+    Raises:
+        UserError: two directories with one task name, or a name that cannot stand in a metric's tag.
+    """
+    tasks: dict[str, Task] = {}
+    for path in parse_paths(paths, key):
+        directory = Path(shipped_example(path)).expanduser()
+        name = directory.resolve().name
+        if not _TASK_NAME.fullmatch(name):
+            raise UserError(
+                f"{key}: {name!r} is no good task name. Use letters, digits, '_', '-', '.', '+' and spaces."
+            )
+        if name in tasks:
+            raise UserError(f"{key}: {tasks[name].directory} and {directory} both name the task {name!r}. Rename one.")
+        tasks[name] = Task(name, directory)
+    return list(tasks.values())
+
+
+def parse_shares(data_split: str) -> tuple[float, float, float]:
+    """``"95,5,0"`` as shares of train, valid and test that sum to 1.
+
+    Raises:
+        UserError: not three numbers, a negative one, or nothing to train on.
+    """
+    try:
+        shares = [float(part) for part in data_split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or not np.isfinite(shares).all() or shares[0] == 0:
+        raise UserError(
+            f"data.data_split: {data_split!r} is not three percentages of train, valid and test with something to "
+            "train on, like '95,5,0'."
+        )
+    total = sum(shares)
+    return shares[0] / total, shares[1] / total, shares[2] / total
+
+
+def split_records(count: int, shares: Sequence[float], seed: int, task: str) -> np.ndarray:
+    """Which split each of a task's ``count`` records belongs to: ``int8 [count]``, indices into ``SPLITS``.
+
+    The records are shuffled by ``seed`` and the task's name, so that one task's split depends on no other task and
+    not on lengths. Every split with a share gets at least one record where there are enough for all of them.
+    """
+    bounds = np.floor(np.cumsum(shares) * count + 0.5).astype(int)
+    sizes = np.diff(bounds, prepend=0)
+    wanted = np.asarray(shares) > 0
+    if count >= wanted.sum():
+        for split in np.flatnonzero(wanted & (sizes == 0)):
+            sizes[sizes.argmax()] -= 1
+            sizes[split] += 1
+    order = np.random.default_rng([seed, zlib.crc32(task.encode())]).permutation(count)
+    codes = np.empty(count, dtype=np.int8)
+    codes[order] = np.repeat(np.arange(len(SPLITS), dtype=np.int8), sizes)
+    return codes

@@ -1,0 +1,48 @@
+"""The tokenizer of a run: loaded, its eos and pad tokens chosen, its chat template set."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mft_lightning.data.chat_format import CHAT_TEMPLATE
+from mft_lightning.errors import UserError
+
+NEOX_PAD = "<|padding|>"
+
+
+def load_tokenizer(
+    path: str, *, eos_token: str | None = None, pad_token: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local directory or a hub id.
+
+    Args:
+        path: directory or hub id.
+        eos_token: closes every answer; default the tokenizer's own.
+        pad_token: fills padded rows; default ``<|padding|>`` where the tokenizer has it, else its own, else eos.
+        trust_remote_code: run code that comes with the tokenizer.
+
+    Raises:
+        UserError: nothing there, or a token that the tokenizer lacks.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.pretrained_model_path: no tokenizer in {path!r} ({_first_line(error)}). Give a directory that "
+            "holds tokenizer files, a hub id that can be reached, or model.tokenizer_path."
+        ) from error
+    vocabulary = tokenizer.get_vocab()
+    for key, token in (("data.eos_token", eos_token), ("data.pad_token", pad_token)):
+        if token is not None and token not in vocabulary:
+            raise UserError(f"{key}: {token!r} is not a token of the tokenizer in {path}.")
+    if eos_token is not None:
+        tokenizer.eos_token = eos_token
+    if pad_token is None:
+        pad_token = NEOX_PAD if NEOX_PAD in vocabulary else tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.pad_token = pad_token
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
