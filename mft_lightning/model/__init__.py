@@ -1,0 +1,1 @@
+"""The model of a run, its loss and its optimizer."""

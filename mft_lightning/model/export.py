@@ -1,0 +1,86 @@
+"""The trained model as a Hugging Face directory, and back into the live model's names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mft_lightning.errors import UserError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """What a checkpoint holds of ``model``: everything, or of a LoRA model what trains."""
+    if isinstance(model, PeftModel):
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return set(model.state_dict())
+
+
+def save_model(model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
+    """Write ``state`` as ``from_pretrained`` or ``PeftModel.from_pretrained`` reads it.
+
+    Args:
+        model: the live model, for its configuration.
+        state: tensors by the live model's names.
+        directory: an existing folder.
+    """
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(directory), state_dict=state, save_embedding_layers=False)
+        (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        return
+    assert isinstance(model, PreTrainedModel)
+    save_causal_lm(model, state, directory)
+
+
+def save_causal_lm(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
+    """``save_pretrained`` through a twin without storage, in the live dtype.
+
+    The live model may have been wrapped or renamed by a sharding strategy, and the names in the file follow the class.
+    """
+    with torch.device("meta"):
+        twin = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    twin.generation_config = model.generation_config
+    twin.save_pretrained(directory, state_dict=state)
+
+
+def load_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:
+    """The tensors of a saved model by the live model's names.
+
+    Raises:
+        UserError: the directory holds other weights than the model has.
+    """
+    state = _load_adapter(model, directory) if isinstance(model, PeftModel) else _load_full(directory)
+    expected = trained_names(model)
+    if state.keys() != expected:
+        differing = sorted(state.keys() ^ expected)
+        raise UserError(
+            f"{directory}: holds other weights than this run's model ({len(differing)} differ, first {differing[0]}). "
+            "Check model.peft_type and model.lora."
+        )
+    return state
+
+
+def _load_full(directory: Path) -> dict[str, Tensor]:
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory}: holds no full model. Was it saved with model.peft_type: lora?")
+    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").state_dict()
+
+
+def _load_adapter(model: PeftModel, directory: Path) -> dict[str, Tensor]:
+    if not (directory / ADAPTER_FILE).is_file():
+        raise UserError(f"{directory}: holds no adapter. Was it saved without model.peft_type: lora?")
+    saved = load_file(directory / ADAPTER_FILE)
+    live = {name.replace(".default.", "."): name for name in trained_names(model)}  # peft saves without its own name
+    return {live.get(name, name): tensor for name, tensor in saved.items()}
+
+
+def base_state(model: PeftModel) -> dict[str, Tensor]:
+    """The frozen base's tensors by the names they had before adapters were added."""
+    full = model.get_base_model().state_dict()
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in full.items() if ".lora_" not in name}

@@ -1,0 +1,322 @@
+"""The LightningModule: one Lightning batch is one optimizer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from mft_lightning.data.collate import MicroBatch, StepBatch
+from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.errors import NotYetError, UserError
+from mft_lightning.model.build import (
+    Attention,
+    ModelSource,
+    add_lora,
+    build_causal_lm,
+    fit_tokenizer,
+    load_config,
+    saved_path,
+)
+from mft_lightning.model.export import trained_names
+from mft_lightning.model.metrics import TaskSums
+from mft_lightning.model.optim import SchedulerType, learning_rate_factor, parameter_groups
+from mft_lightning.model.settings import CobaSettings, LoraSettings, QLoraSettings
+from mft_lightning.model.supervised_loss import SupervisedLM, SupervisedNLL
+from mft_lightning.shipped import shipped_example
+from mft_lightning.weighting.static import STATIC_MODES, TASK_WEIGHTED_MODES, coefficients
+
+NETWORK = "network.model."  # where the causal LM's weights stand in this module's state
+
+
+@dataclass
+class StepResult:
+    """What an optimizer step leaves behind for the logs; tensors stay on the device until someone reads them.
+
+    Attributes:
+        loss: the minimised loss, this rank's part.
+        nll: summed NLL of each task, this rank's part, ``float64 [K]``.
+        task_supervised: supervised tokens of each task in the global batch, ``int64 [K]``.
+        tokens: tokens of the global batch.
+        learning_rate: of this step.
+        grad_norm: global norm before clipping.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    task_supervised: Tensor
+    tokens: int
+    learning_rate: float = 0.0
+    grad_norm: Tensor | None = None
+
+
+class MFTModule(L.LightningModule):
+    """GPT-NeoX with optional LoRA, trained on the weighted loss of all supervised tokens of a global batch.
+
+    Args:
+        pretrained_model_path: local directory or hub id of the base model.
+        init: "pretrained" weights, or a "random" draw from the seed (config.json is enough).
+        tokenizer_path: directory or hub id of the tokenizer. Default: the model's.
+        model_type: of the model in that directory; another causal LM than gpt_neox must be named here.
+        peft_type: null trains all weights, "lora" adapters. "qlora" is not supported yet.
+        lora: settings of the adapters.
+        qlora: settings of the quantised base; not supported yet.
+        checkpoint_activations: compute activations again in the backward pass instead of keeping them.
+        attn_implementation: sdpa, eager, or flash_attention_2 on CUDA (not yet run on a GPU).
+        pad_vocab_to_multiple_of: where the embeddings must grow for the tokenizer, grow to a multiple of this.
+        trust_remote_code: run code that comes with the model.
+        learning_rate: peak of AdamW's learning rate.
+        min_lr: where decaying schedules end.
+        num_warmup_steps: optimizer steps up to the peak.
+        lr_scheduler_type: shape of the learning rate.
+        lr_power: exponent of the polynomial schedule.
+        lr_num_cycles: decays of the cosine_with_restarts schedule.
+        weight_decay: AdamW's, on matrices only.
+        adam_beta1: AdamW's first decay rate.
+        adam_beta2: AdamW's second decay rate.
+        adam_epsilon: AdamW's epsilon.
+        weighted_loss_mode: case1 (tokens alike), case2 (conversations alike), case3 (tasks alike, tokens within), case4
+            (tasks alike, conversations within). "coba" is not supported yet.
+        coba: settings of CoBa; not supported yet.
+        dtype: of the weights; the command line takes it from trainer.precision.
+        seed: of random weights; the command line takes it from seed_everything.
+    """
+
+    def __init__(
+        self,
+        *,
+        pretrained_model_path: str,
+        init: Literal["pretrained", "random"] = "pretrained",
+        tokenizer_path: str | None = None,
+        model_type: str = "gpt_neox",
+        peft_type: Literal["lora", "qlora"] | None = None,
+        lora: LoraSettings = LoraSettings(),  # noqa: B008  # settings are read, never written
+        qlora: QLoraSettings = QLoraSettings(),  # noqa: B008
+        checkpoint_activations: bool = False,
+        attn_implementation: Attention = "sdpa",
+        pad_vocab_to_multiple_of: int | None = None,
+        trust_remote_code: bool = False,
+        learning_rate: float = 1e-5,
+        min_lr: float = 0.0,
+        num_warmup_steps: int = 0,
+        lr_scheduler_type: SchedulerType = "cosine",
+        lr_power: float = 1.0,
+        lr_num_cycles: int = 1,
+        weight_decay: float = 0.1,
+        adam_beta1: float = 0.9,
+        adam_beta2: float = 0.999,
+        adam_epsilon: float = 1e-8,
+        weighted_loss_mode: Literal["case1", "case2", "case3", "case4", "coba"] = "case3",
+        coba: CobaSettings = CobaSettings(),  # noqa: B008
+        dtype: str = "float32",
+        seed: int = 42,
+    ) -> None:
+        super().__init__()
+        if peft_type == "qlora" or qlora != QLoraSettings():
+            raise NotYetError("model.peft_type", "qlora", "Use lora.")
+        if weighted_loss_mode not in STATIC_MODES or coba != CobaSettings():
+            raise NotYetError("model.weighted_loss_mode", "coba", f"Use one of {', '.join(STATIC_MODES)}.")
+        if attn_implementation == "flex_attention":
+            raise NotYetError("model.attn_implementation", "flex_attention", "Use sdpa or eager.")
+        if attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
+            raise UserError("model.attn_implementation: flash_attention_2 needs a CUDA GPU. Use sdpa.")
+        if not 0 <= min_lr <= learning_rate or learning_rate <= 0:
+            raise UserError(f"model.min_lr: {min_lr} is not between 0 and model.learning_rate: {learning_rate}.")
+        if num_warmup_steps < 0:
+            raise UserError(f"model.num_warmup_steps: {num_warmup_steps} is negative.")
+        self.source = ModelSource(
+            path=shipped_example(pretrained_model_path),
+            init=init,
+            model_type=model_type,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+        )
+        self.peft_type, self.lora = peft_type, lora
+        self.checkpoint_activations = checkpoint_activations
+        self.pad_vocab_to_multiple_of = pad_vocab_to_multiple_of
+        self.learning_rate, self.min_lr = learning_rate, min_lr
+        self.num_warmup_steps, self.lr_scheduler_type = num_warmup_steps, lr_scheduler_type
+        self.lr_power, self.lr_num_cycles = lr_power, lr_num_cycles
+        self.weight_decay = weight_decay
+        self.betas, self.adam_epsilon = (adam_beta1, adam_beta2), adam_epsilon
+        self.weighted_loss_mode = weighted_loss_mode
+        self.strict_loading = peft_type is None  # an adapter's checkpoint holds the adapter alone
+        self.network: SupervisedLM | None = None
+        self.task_weights = torch.ones(0)
+        self.last_step: StepResult | None = None
+
+    # ---------------------------------------------------------------- setting up
+
+    @property
+    def datamodule(self) -> MFTDataModule:
+        return cast(MFTDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]  # Lightning sets it untyped
+
+    def check(self, datamodule: MFTDataModule) -> None:
+        """Raise what can be known without loading weights or data."""
+        config = load_config(self.source.path, self.source.model_type, self.source.trust_remote_code)
+        if datamodule.task_weights is not None and not self.weighs_tasks:
+            raise UserError(
+                f"data.task_weights: model.weighted_loss_mode: {self.weighted_loss_mode} does not weigh tasks. "
+                f"Use {' or '.join(TASK_WEIGHTED_MODES)}, or leave the weights out."
+            )
+        longest = getattr(config, "max_position_embeddings", None)
+        if longest is not None and datamodule.policy.seq_length > longest:
+            raise UserError(
+                f"data.seq_length: {datamodule.policy.seq_length} is more than the {longest} positions the model in "
+                f"{self.source.path} is made for."
+            )
+
+    def build(self, datamodule: MFTDataModule, random_base: str = "base") -> SupervisedLM:
+        """Make the network, once; ``configure_model`` finds it made when the command line built it before the run.
+
+        Args:
+            datamodule: gives the tokenizer and the tasks.
+            random_base: the directory that an adapter names as its base where the base is a random draw.
+        """
+        if self.network is None:
+            model = build_causal_lm(self.source)
+            frozen = self.peft_type is not None
+            fit_tokenizer(
+                model,
+                datamodule.tokenizer,
+                multiple_of=self.pad_vocab_to_multiple_of,
+                seed=self.source.seed,
+                frozen=frozen,
+            )
+            if self.checkpoint_activations:
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            names = datamodule.task_names
+            self.task_weights = torch.tensor(datamodule.task_weights or [1.0] * len(names), dtype=torch.float64)
+            self.val_sums, self.test_sums = TaskSums(names), TaskSums(names)
+            base_path = random_base if self.source.init == "random" else self.source.path
+            self.network = SupervisedLM(
+                add_lora(model, self.lora, base_path=saved_path(base_path), seed=self.source.seed) if frozen else model
+            )
+        return self.network
+
+    def configure_model(self) -> None:
+        self.build(self.datamodule)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self, self.weight_decay),
+            lr=self.learning_rate,
+            betas=self.betas,
+            eps=self.adam_epsilon,
+        )
+        factor = learning_rate_factor(
+            self.lr_scheduler_type,
+            warmup_steps=self.num_warmup_steps,
+            total_steps=self.total_steps(),
+            min_ratio=self.min_lr / self.learning_rate,
+            power=self.lr_power,
+            num_cycles=self.lr_num_cycles,
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run. ``trainer.estimated_stepping_batches`` would build the loaders early and
+        lose their state on resume (https://github.com/Lightning-AI/pytorch-lightning/issues/20550)."""
+        return self.datamodule.plan.total_steps(self.trainer.max_epochs, self.trainer.max_steps)
+
+    # ---------------------------------------------------------------- training
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+        """Forward and backward over this rank's micro-batches; the last one's backward is left to Lightning.
+
+        Each loss is multiplied by the number of ranks, which undoes the averaging of gradients over them.
+        """
+        self.trainer.optimizers[0].zero_grad()
+        *head, last = batch.micros
+        result = StepResult(
+            loss=torch.zeros((), dtype=torch.float64, device=self.device),
+            nll=torch.zeros(len(self.task_weights), dtype=torch.float64, device=self.device),
+            task_supervised=batch.task_supervised,
+            tokens=batch.tokens,
+            learning_rate=self.trainer.optimizers[0].param_groups[0]["lr"],
+        )
+        self.last_step = result
+        for micro in head:
+            self.trainer.strategy.backward(self._micro_loss(micro, batch, result), None)
+        return self._micro_loss(last, batch, result)
+
+    def _micro_loss(self, micro: MicroBatch, batch: StepBatch, result: StepResult) -> Tensor:
+        output = self._forward(micro)
+        factors = coefficients(
+            self.weighted_loss_mode,
+            tasks=micro.tasks,
+            n_supervised=micro.n_supervised,
+            task_conversations=batch.task_conversations,
+            task_supervised=batch.task_supervised,
+            weights=self.task_weights.to(self.device),
+        )
+        loss = (factors.to(output.nll.dtype) * output.nll).sum()
+        result.loss += loss.detach()
+        result.nll.index_add_(0, micro.tasks, output.nll.detach().double())
+        return loss * self.trainer.world_size
+
+    def _forward(self, micro: MicroBatch) -> SupervisedNLL:
+        assert self.network is not None
+        return self.network(micro)
+
+    def optimizer_zero_grad(self, *args: Any) -> None:
+        """Nothing: Lightning calls it between ``training_step`` and the last backward, and would clear the others'."""
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm, and keep the norm before clipping for the logs."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if self.last_step is not None:
+            self.last_step.grad_norm = norm
+
+    # ---------------------------------------------------------------- evaluation
+
+    def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        self._add(self.val_sums, batch)
+
+    def test_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        self._add(self.test_sums, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val", self.val_sums)
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test", self.test_sums)
+
+    def _add(self, sums: TaskSums, micro: MicroBatch) -> None:
+        output = self._forward(micro)
+        sums.update(micro.tasks, output.nll, micro.n_supervised, output.correct)
+
+    def _report(self, prefix: str, sums: TaskSums) -> None:
+        values = {f"{prefix}/{name}": value for name, value in sums.compute().items()}
+        sums.reset()
+        self.log_dict(values, logger=False)  # for callbacks; the loggers get the step that the axis is defined by
+        for logger in self.trainer.loggers:
+            logger.log_metrics({name: float(value) for name, value in values.items()}, step=self.trainer.global_step)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what trains: everything, or the adapter alone."""
+        assert self.network is not None
+        kept = {NETWORK + name for name in trained_names(self.network.model)}
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+
+    @property
+    def weighs_tasks(self) -> bool:
+        """Whether the weighting mode has a weight per task."""
+        return self.weighted_loss_mode in TASK_WEIGHTED_MODES

@@ -1,0 +1,88 @@
+"""AdamW's parameter groups, and learning rates that warm up and decay to ``min_lr``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+from torch import nn
+
+from mft_lightning.errors import UserError
+
+SchedulerType = Literal[
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "cosine_with_restarts",
+    "log_warmup_linear_decay",
+]
+SCHEDULERS: tuple[str, ...] = get_args(SchedulerType)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Trainable parameters in two groups: matrices decay; biases and norms (fewer than two dimensions) do not."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_factor(
+    scheduler: str,
+    *,
+    warmup_steps: int,
+    total_steps: int,
+    min_ratio: float = 0.0,
+    power: float = 1.0,
+    num_cycles: int = 1,
+) -> Callable[[int], float]:
+    """The learning rate of an optimizer step as a share of its peak.
+
+    Step ``u`` (from 1) of ``T`` uses ``factor(u - 1)``, so that the first step already learns, step ``warmup_steps``
+    is at the peak and step ``T`` at ``min_ratio``. Warm-up is linear, or logarithmic (``log(1 + u) / log(1 + W)``) for
+    log_warmup_linear_decay. The constant ones stay at the peak.
+
+    Args:
+        scheduler: one of ``SCHEDULERS``.
+        warmup_steps: ``W``.
+        total_steps: ``T``.
+        min_ratio: the floor of the decay, ``min_lr / learning_rate``.
+        power: of the polynomial decay.
+        num_cycles: cosine decays of cosine_with_restarts; each but the first starts again at the peak.
+
+    Returns:
+        Finished steps (``u - 1``) to factor.
+    """
+    if scheduler not in SCHEDULERS:
+        raise UserError(f"model.lr_scheduler_type: {scheduler!r} is none of {', '.join(SCHEDULERS)}.")
+
+    def factor(finished: int) -> float:
+        step = finished + 1
+        if step <= warmup_steps:
+            if scheduler == "log_warmup_linear_decay":
+                return math.log1p(step) / math.log1p(warmup_steps)
+            return step / warmup_steps
+        if scheduler in ("constant", "constant_with_warmup"):
+            return 1.0
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return min_ratio + (1.0 - min_ratio) * _decay(scheduler, progress, power, num_cycles)
+
+    return factor
+
+
+def _decay(scheduler: str, progress: float, power: float, num_cycles: int) -> float:
+    """What is left of the way from peak to floor, from 1 at ``progress`` 0 to 0 at 1."""
+    if progress >= 1.0:
+        return 0.0
+    if scheduler == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    if scheduler == "cosine_with_restarts":
+        return 0.5 * (1.0 + math.cos(math.pi * (progress * num_cycles % 1.0)))
+    if scheduler == "polynomial":
+        return (1.0 - progress) ** power
+    return 1.0 - progress

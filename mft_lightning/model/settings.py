@@ -1,0 +1,78 @@
+"""The groups of keys below ``model``: adapters, quantisation, balancers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mft_lightning.errors import NotYetError, UserError
+
+
+@dataclass(kw_only=True)
+class LoraSettings:
+    """Low-rank adapters (``model.peft_type: lora``); the original's fixed values are the defaults.
+
+    Args:
+        r: rank.
+        alpha: scale; the adapter's output is multiplied by alpha / r.
+        dropout: on the adapter's input.
+        target_modules: names of the linear layers that get an adapter. Default: GPT-NeoX's four.
+        use_rslora: not supported yet.
+        use_dora: not supported yet.
+        init: how the adapter starts; only "default" (it changes nothing) is supported yet.
+    """
+
+    r: int = 96
+    alpha: float = 32
+    dropout: float = 0.05
+    target_modules: list[str] | None = None
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: str = "default"
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise UserError(f"model.lora.r: {self.r} is less than 1.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.lora.dropout: {self.dropout} is not in [0, 1).")
+        for key in ("use_rslora", "use_dora"):
+            if getattr(self, key):
+                raise NotYetError(f"model.lora.{key}", True, "Leave it out.")
+        if self.init != "default":
+            raise NotYetError("model.lora.init", self.init, "Leave it out.")
+
+
+@dataclass(kw_only=True)
+class QLoraSettings:
+    """4-bit and 8-bit base weights (``model.peft_type: qlora``), not supported yet.
+
+    Args:
+        bits: 4 or 8.
+        quant_type: of 4 bits, nf4 or fp4.
+        double_quant: quantise the scales too.
+        compute_dtype: of the matrix products.
+    """
+
+    bits: Literal[4, 8] = 4
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+@dataclass(kw_only=True)
+class CobaSettings:
+    """The CoBa balancer (``model.weighted_loss_mode: coba``), not supported yet.
+
+    Args:
+        warmup_steps: steps of equal weights.
+        history_length: validation losses that a slope is fitted to.
+        tau: temperature of the divergence factor.
+        update_interval: steps between updates.
+        sample_valid_num: validation batches per update.
+    """
+
+    warmup_steps: int = 100
+    history_length: int = 200
+    tau: float = 5.0
+    update_interval: int = 1
+    sample_valid_num: int = 1

@@ -1,0 +1,1 @@
+"""How tasks and conversations are weighed against each other."""
