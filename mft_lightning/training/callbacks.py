@@ -1,0 +1,146 @@
+"""Small callbacks of a run: seeding every step, logging it, stopping early, writing a random base once."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from mft_lightning.errors import UserError
+from mft_lightning.model.export import base_state, save_causal_lm
+from mft_lightning.model.module import MFTModule, StepResult
+from mft_lightning.training.checkpoint import CheckpointSettings
+from mft_lightning.training.stages import is_run_end
+
+
+class StepSeeding(L.Callback):
+    """Reseeds every rank at every step from (seed, step, rank), so that there is no RNG state to lose."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        entropy = np.random.SeedSequence([self.seed, trainer.global_step, trainer.global_rank])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+
+class StepLogging(L.Callback):
+    """Writes the training metrics of an optimizer step at its number, as exact sums over all ranks.
+
+    Logged are the first step, every ``trainer.log_every_n_steps``-th, and the last. A task that is absent from a step
+    leaves a gap.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._tokens = 0
+        self._since = time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._tokens, self._since = 0, time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._since += time.perf_counter() - self._paused
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        module = cast(MFTModule, pl_module)
+        assert module.last_step is not None
+        self._tokens += module.last_step.tokens
+        step = trainer.global_step
+        if not (step == 1 or step % self.every == 0 or is_run_end(trainer)):
+            return
+        metrics = self._metrics(trainer, module, module.last_step)
+        module.log_dict(metrics, logger=False)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=step)
+
+    def _metrics(self, trainer: L.Trainer, module: MFTModule, result: StepResult) -> dict[str, float]:
+        loss, *nll = trainer.strategy.reduce(torch.cat([result.loss[None], result.nll]), reduce_op="sum").tolist()
+        names = module.datamodule.task_names
+        assert result.grad_norm is not None
+        now = time.perf_counter()
+        metrics = {"train/loss": loss}
+        for name, task_nll, tokens in zip(names, nll, result.task_supervised.tolist(), strict=True):
+            if tokens:
+                metrics[f"train/loss/{name}"] = task_nll / tokens
+        if module.weighs_tasks:
+            metrics |= {f"train/weight/{n}": w for n, w in zip(names, module.task_weights.tolist(), strict=True)}
+        metrics["train/lr"] = result.learning_rate
+        metrics["train/grad_norm"] = float(result.grad_norm)
+        metrics["train/tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
+        self._tokens, self._since = 0, now
+        return metrics
+
+
+@dataclass(kw_only=True)
+class EarlyStoppingSettings:
+    """When to stop because validations no longer improve.
+
+    Args:
+        patience: consecutive validations without improvement; -1 never stops.
+        min_delta: least change that counts as improvement.
+    """
+
+    patience: int = -1
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 and self.patience != -1:
+            raise UserError(f"early_stopping.patience: {self.patience} is neither at least 1 nor -1 (never).")
+
+    def callback(self, checkpoint: CheckpointSettings) -> EarlyStopping:
+        """Lightning's EarlyStopping on the metric that decides the best checkpoint."""
+        return EarlyStopping(
+            checkpoint.monitor,
+            patience=self.patience,
+            min_delta=self.min_delta,
+            mode=checkpoint.mode,
+            check_on_train_epoch_end=False,
+        )
+
+
+class RandomBase(L.Callback):
+    """Writes the random base of a LoRA run once, for the adapters to name; a resumed run must have drawn the same."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        network = cast(MFTModule, pl_module).network
+        assert network is not None
+        if not trainer.is_global_zero or not isinstance(network.model, PeftModel):
+            return
+        state = base_state(network.model)
+        if (self.directory / "config.json").is_file():
+            self._compare(state)
+        else:
+            self._write(cast(MFTModule, pl_module), network.causal_lm, state)
+
+    def _write(self, module: MFTModule, model: PreTrainedModel, state: dict[str, torch.Tensor]) -> None:
+        aside = self.directory.with_name(f".{self.directory.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        save_causal_lm(model, state, aside)
+        module.datamodule.tokenizer.save_pretrained(aside)
+        aside.rename(self.directory)
+
+    def _compare(self, state: dict[str, torch.Tensor]) -> None:
+        saved = AutoModelForCausalLM.from_pretrained(self.directory, dtype="auto").state_dict()
+        for name, tensor in state.items():
+            if name not in saved or not torch.equal(saved[name], tensor.cpu()):
+                raise UserError(
+                    f"{self.directory}: is another random base than this run draws ({name} differs). "
+                    "Was the run started with another seed_everything, model or trainer.precision?"
+                )

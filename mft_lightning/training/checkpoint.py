@@ -1,0 +1,154 @@
+"""When to save a checkpoint, and which to keep."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from mft_lightning.errors import NotYetError, UserError
+from mft_lightning.training.checkpoint_dirs import (
+    CheckpointInfo,
+    directory_name,
+    expired,
+    find_best,
+    find_checkpoints,
+)
+from mft_lightning.training.evaluation import Evaluation
+from mft_lightning.training.stages import is_epoch_end, is_run_end
+
+SUPERSEDED = "superseded"
+
+
+@dataclass(kw_only=True)
+class CheckpointSettings:
+    """When to save checkpoints and how many to keep.
+
+    Args:
+        save_strategy: "steps", "epoch" or both ("steps,epoch"). A new best and the end of a run save too.
+        checkpointing_steps: optimizer steps between checkpoints.
+        save_total_limit: step checkpoints to keep: 2 keeps the best and the latest. null keeps all.
+        extra_save_by_epoch: save at every epoch's end too; those are never rotated.
+        monitor: the validation metric that decides the best.
+        mode: whether less or more of it is better.
+        trainer_state: "all" lets every kept checkpoint resume. "latest" is not supported yet.
+        sharded: not supported yet.
+    """
+
+    save_strategy: Literal["steps", "epoch", "steps,epoch", "epoch,steps"] = "steps"
+    checkpointing_steps: int = 100
+    save_total_limit: int | None = 2
+    extra_save_by_epoch: bool = False
+    monitor: str = "val/loss"
+    mode: Literal["min", "max"] = "min"
+    trainer_state: Literal["all", "latest"] = "all"
+    sharded: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("checkpointing_steps", "save_total_limit"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UserError(f"checkpoint.{key}: {value} is less than 1.")
+        if self.trainer_state == "latest":
+            raise NotYetError("checkpoint.trainer_state", "latest", "Use all.")
+        if self.sharded:
+            raise NotYetError("checkpoint.sharded", True, "Leave it out.")
+
+    def due(self, trainer: L.Trainer) -> bool:
+        """Whether the step just taken is one to save after, whatever a validation said."""
+        by_steps = "steps" in self.save_strategy and trainer.global_step % self.checkpointing_steps == 0
+        by_epoch = is_epoch_end(trainer) and ("epoch" in self.save_strategy or self.extra_save_by_epoch)
+        return by_steps or by_epoch or is_run_end(trainer)
+
+
+class HFModelCheckpoint(ModelCheckpoint):
+    """A ModelCheckpoint whose checkpoints are directories that know their own step, metrics and kind.
+
+    It saves at a step's end, after the validation of that step if there is one (see :class:`Evaluation`), and reads
+    which to keep from the directories themselves, so that a resumed run remembers what its earlier part found.
+    """
+
+    FILE_EXTENSION = ""
+
+    def __init__(self, settings: CheckpointSettings, output_dir: Path, evaluation: Evaluation | None) -> None:
+        super().__init__(dirpath=output_dir, filename=directory_name(0), save_top_k=-1, every_n_train_steps=1)
+        self.settings, self.output_dir, self.evaluation = settings, output_dir, evaluation
+        self.monitor = settings.monitor if evaluation else None
+        self.mode = settings.mode
+        self.saved_step = -1
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing: the directory is known, and that it is in use was checked before."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Clear what a killed save left, and move aside checkpoints of steps that will now be taken again."""
+        if trainer.is_global_zero:
+            for remains in self.output_dir.glob(".step-*"):
+                shutil.rmtree(remains)
+            for info in find_checkpoints(self.output_dir):
+                if info.step > trainer.global_step:
+                    _supersede(info, self.output_dir / SUPERSEDED)
+        self._remember()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if self.saved_step != trainer.global_step and (self.settings.due(trainer) or self._is_new_best(trainer)):
+            self._save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing: the save waits for the end of the step."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing: an epoch's checkpoint is saved at the end of its last step."""
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Nothing: the last step has been saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: what there is to know stands in the directories."""
+
+    def _metrics(self, trainer: L.Trainer) -> dict[str, float]:
+        validated = self.evaluation is not None and self.evaluation.step == trainer.global_step
+        return self.evaluation.metrics if self.evaluation and validated else {}
+
+    def _is_new_best(self, trainer: L.Trainer) -> bool:
+        metrics = self._metrics(trainer)
+        if self.monitor is None or self.monitor not in metrics:
+            return False
+        here = CheckpointInfo(Path(), trainer.global_step, metrics=metrics)
+        return find_best([*find_checkpoints(self.output_dir), here], self.monitor, self.settings.mode) is here
+
+    def _save(self, trainer: L.Trainer) -> None:
+        path = self.output_dir / directory_name(trainer.global_step)
+        metadata = {
+            "epoch_end": self.settings.extra_save_by_epoch and is_epoch_end(trainer),
+            "metrics": self._metrics(trainer),
+        }
+        trainer.save_checkpoint(path, weights_only=False, storage_options=metadata)
+        self.saved_step = self._last_global_step_saved = trainer.global_step
+        if trainer.is_global_zero:
+            kept = find_checkpoints(self.output_dir)
+            for info in expired(kept, self.settings.save_total_limit, self.monitor, self.settings.mode):
+                trainer.strategy.remove_checkpoint(info.path)
+        self._remember()
+
+    def _remember(self) -> None:
+        """What users of ModelCheckpoint look at: the paths of the latest and the best."""
+        checkpoints = find_checkpoints(self.output_dir)
+        self.last_model_path = str(checkpoints[-1].path) if checkpoints else ""
+        best = find_best(checkpoints, self.monitor, self.settings.mode) if self.monitor else None
+        self.best_model_path = str(best.path) if best else ""
+
+
+def _supersede(info: CheckpointInfo, directory: Path) -> None:
+    directory.mkdir(exist_ok=True)
+    target = directory / info.path.name
+    if target.exists():
+        shutil.rmtree(target)
+    info.path.rename(target)

@@ -1,0 +1,115 @@
+"""The checkpoints of an output directory, read from what each says of itself in ``checkpoint.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mft_lightning.errors import UserError
+
+METADATA, TRAINER_STATE = "checkpoint.json", "trainer.pt"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint directory: ``step-00000500`` holds the model after 500 optimizer steps.
+
+    Attributes:
+        path: the directory.
+        step: optimizer steps done.
+        epoch_end: saved for an epoch's end, never rotated.
+        metrics: of the validation at this very step; empty where there was none.
+    """
+
+    path: Path
+    step: int
+    epoch_end: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def directory_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def read_metadata(directory: Path) -> dict[str, Any]:
+    """``checkpoint.json`` of a checkpoint.
+
+    Raises:
+        UserError: it is missing, damaged or of a format this version does not know.
+    """
+    file = directory / METADATA
+    try:
+        metadata = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{directory}: is no checkpoint ({METADATA}: {error}).") from error
+    if metadata.get("format") != FORMAT_VERSION:
+        raise UserError(
+            f"{file}: format {metadata.get('format')!r} is not {FORMAT_VERSION}, the one this version reads."
+        )
+    return metadata
+
+
+def read_checkpoint(directory: Path) -> CheckpointInfo:
+    """What a checkpoint directory says of itself; raises as :func:`read_metadata` does."""
+    metadata = read_metadata(directory)
+    return CheckpointInfo(directory, metadata["step"], metadata["epoch_end"], metadata["metrics"])
+
+
+def find_checkpoints(output_dir: Path) -> list[CheckpointInfo]:
+    """All checkpoints of a run, by step."""
+    found = [read_checkpoint(file.parent) for file in output_dir.glob(f"step-*/{METADATA}")]
+    return sorted(found, key=lambda info: info.step)
+
+
+def find_best(checkpoints: list[CheckpointInfo], monitor: str, mode: Literal["min", "max"]) -> CheckpointInfo | None:
+    """The checkpoint with the best ``monitor``, the earlier of equals; None where none was validated."""
+    sign = 1 if mode == "min" else -1
+    validated = [info for info in checkpoints if math.isfinite(info.metrics.get(monitor, math.nan))]
+    return min(validated, key=lambda info: (sign * info.metrics[monitor], info.step), default=None)
+
+
+def expired(
+    checkpoints: list[CheckpointInfo], limit: int | None, monitor: str | None, mode: Literal["min", "max"]
+) -> list[CheckpointInfo]:
+    """The step checkpoints beyond ``limit``: kept are the latest, the best, then the most recent ones.
+
+    Checkpoints of an epoch's end are kept without counting.
+    """
+    if limit is None:
+        return []
+    rotating = [info for info in checkpoints if not info.epoch_end]
+    by_recency = sorted(rotating, key=lambda info: -info.step)
+    best = find_best(checkpoints, monitor, mode) if monitor else None
+    if best in rotating and limit > 1:
+        by_recency.remove(best)
+        by_recency.insert(1 if by_recency and by_recency[0].step > best.step else 0, best)
+    return by_recency[limit:]
+
+
+def resolve_checkpoint(
+    ckpt_path: str, output_dir: Path, monitor: str, mode: Literal["min", "max"]
+) -> CheckpointInfo | None:
+    """The checkpoint that ``--ckpt_path`` names: a directory, ``best``, or ``last``.
+
+    Returns:
+        None for ``last`` in a directory that holds no checkpoint: the run starts at step 0.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
+    if ckpt_path == "last":
+        checkpoints = find_checkpoints(output_dir)
+        return checkpoints[-1] if checkpoints else None
+    if ckpt_path == "best":
+        best = find_best(find_checkpoints(output_dir), monitor, mode)
+        if best is None:
+            raise UserError(f"--ckpt_path best: no checkpoint in {output_dir} has been validated by {monitor}.")
+        return best
+    directory = Path(ckpt_path)
+    if not directory.is_dir():
+        raise UserError(f"--ckpt_path {ckpt_path}: is no directory. Give last, best or a checkpoint directory.")
+    return read_checkpoint(directory.resolve())

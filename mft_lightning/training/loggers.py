@@ -1,0 +1,120 @@
+"""TensorBoard and CSV logs that one run keeps across resumes, without points that are trained again."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+def tensorboard_logger(directory: Path, resumed_step: int) -> TensorBoardLogger:
+    """A logger that writes straight into ``directory`` and cuts the points after ``resumed_step``."""
+    return TensorBoardLogger(
+        save_dir=directory,
+        name="",
+        version="",
+        default_hp_metric=False,
+        purge_step=resumed_step + 1 if resumed_step else 0,
+    )
+
+
+class PlainLines(Logger):
+    """A line on the screen for every logged step and every validation, where no progress bar is shown."""
+
+    def __init__(self, total_steps: int) -> None:
+        super().__init__()
+        self.total_steps = total_steps
+
+    @property
+    def name(self) -> str:
+        return "lines"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the plan of the run was printed before."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "train/loss" in metrics:
+            line = (
+                f"loss {metrics['train/loss']:.4f}  lr {metrics['train/lr']:.2e}  grad norm "
+                f"{metrics['train/grad_norm']:.3f}  {metrics['train/tokens_per_second']:.0f} tokens/s"
+            )
+        elif "val/loss" in metrics:
+            each = [f"{k[9:]} {v:.4f}" for k, v in metrics.items() if k.startswith("val/loss/")]
+            line = f"val/loss {metrics['val/loss']:.4f}  ({'  '.join(each)})"
+        else:
+            return
+        print(f"step {step}/{self.total_steps}  {line}", flush=True)
+
+
+class MetricsCSV(Logger):
+    """One ``metrics.csv``: a row per logged step, a column per metric, ``step`` first.
+
+    Lightning's CSVLogger deletes an existing file; this one goes on in it, after cutting the rows of steps after
+    ``resumed_step``. A metric that appears later gets a column of its own.
+
+    Args:
+        file: where to write.
+        resumed_step: the optimizer step the run starts from.
+    """
+
+    def __init__(self, file: Path, resumed_step: int) -> None:
+        super().__init__()
+        self.file, self.resumed_step = file, resumed_step
+        self._columns: list[str] = []
+        self._opened = False
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def root_dir(self) -> str:
+        return str(self.file.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: config.yaml holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if not self._opened:
+            self._go_on()
+        row = {"step": step, **metrics}
+        if new := [name for name in row if name not in self._columns]:
+            self._rewrite([*self._columns, *new], self._rows())
+        with self.file.open("a", newline="") as handle:
+            csv.DictWriter(handle, self._columns).writerow(row)
+
+    def _go_on(self) -> None:
+        rows = [row for row in self._rows() if int(row["step"]) <= self.resumed_step] if self.resumed_step else []
+        self._rewrite(list(rows[0]) if rows else ["step"], rows)
+        self._opened = True
+
+    def _rows(self) -> list[dict[str, str]]:
+        if not self.file.is_file():
+            return []
+        with self.file.open(newline="") as handle:
+            return list(csv.DictReader(handle))
+
+    def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
+        self._columns = columns
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.file.with_name(f".{self.file.name}.tmp")
+        with aside.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        aside.replace(self.file)

@@ -1,0 +1,20 @@
+"""Where in the run an optimizer step stands: at the end of an epoch, at the end of the run."""
+
+from __future__ import annotations
+
+import lightning as L
+
+
+def is_epoch_end(trainer: L.Trainer) -> bool:
+    """Whether the step just taken was the last of its epoch."""
+    return trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+
+
+def is_run_end(trainer: L.Trainer) -> bool:
+    """Whether the step just taken is the run's last: by its limits, or because something asked it to stop."""
+    if trainer.max_steps > -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    limited = trainer.max_epochs is not None and trainer.max_epochs > -1
+    if limited and is_epoch_end(trainer) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0):
+        return True
+    return trainer.received_sigterm or (trainer.should_stop and trainer.fit_loop._can_stop_early)

@@ -1,0 +1,177 @@
+"""The Trainer of a run: its callbacks, loggers and checkpoints, and the Trainer keys that have another home here."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Timer
+
+from mft_lightning.errors import NotYetError, UserError
+from mft_lightning.model.module import MFTModule
+from mft_lightning.model.parallel import ParallelSettings, refuse_several_devices
+from mft_lightning.training.callbacks import EarlyStoppingSettings, RandomBase, StepLogging, StepSeeding
+from mft_lightning.training.checkpoint import CheckpointSettings, HFModelCheckpoint
+from mft_lightning.training.checkpoint_io import HFCheckpointIO
+from mft_lightning.training.evaluation import NEVER, Evaluation, EvaluationSettings
+from mft_lightning.training.loggers import MetricsCSV, PlainLines, tensorboard_logger
+
+WEIGHTS_DTYPE = {
+    "32-true": "float32",
+    "32": "float32",
+    "64-true": "float64",
+    "bf16-mixed": "float32",
+    "bf16-true": "bfloat16",
+    "16-mixed": "float32",
+}
+
+# Trainer keys that a run decides by itself: the value Lightning has, and where to say it here.
+ELSEWHERE: dict[str, tuple[Any, str]] = {
+    "accumulate_grad_batches": (1, "data.gradient_accumulation_steps"),
+    "val_check_interval": (None, "evaluation.steps"),
+    "check_val_every_n_epoch": (1, "evaluation.strategy"),
+    "num_sanity_val_steps": (None, "evaluation.at_start"),
+    "limit_train_batches": (None, "trainer.max_steps"),
+    "limit_val_batches": (None, "evaluation.max_conversations_per_task"),
+    "limit_test_batches": (None, "evaluation.max_conversations_per_task"),
+    "overfit_batches": (0.0, "trainer.max_steps"),
+    "fast_dev_run": (False, "trainer.max_steps"),
+    "enable_checkpointing": (None, "checkpoint.checkpointing_steps"),
+    "reload_dataloaders_every_n_epochs": (0, "nothing: the plan shuffles every epoch"),
+    "use_distributed_sampler": (True, "nothing: the plan deals to the ranks"),
+    "default_root_dir": (None, "output_dir"),
+    "barebones": (False, "trainer.logger"),
+}
+
+
+@dataclass(kw_only=True)
+class RunSettings:
+    """The groups of keys that decide what a Trainer does."""
+
+    evaluation: EvaluationSettings
+    checkpoint: CheckpointSettings
+    early_stopping: EarlyStoppingSettings
+    parallel: ParallelSettings
+
+
+def weights_dtype(precision: Any) -> str:
+    """The dtype weights are held in under ``trainer.precision``.
+
+    Raises:
+        UserError: a precision that training does not support.
+    """
+    if precision is None:
+        return "float32"
+    if str(precision) not in WEIGHTS_DTYPE:
+        raise UserError(f"trainer.precision: {precision} is none of {', '.join(WEIGHTS_DTYPE)}.")
+    return WEIGHTS_DTYPE[str(precision)]
+
+
+def check_trainer_keys(keys: dict[str, Any]) -> None:
+    """Refuse Trainer keys that are set but have another home here, and what this version cannot do.
+
+    Raises:
+        UserError: naming the key and where to say it.
+    """
+    for key, (default, here) in ELSEWHERE.items():
+        if keys.get(key, default) != default:
+            raise UserError(f"trainer.{key}: {keys[key]} has no effect here. Use {here}.")
+    if keys.get("gradient_clip_algorithm") == "value":
+        raise UserError("trainer.gradient_clip_algorithm: value is not supported; gradients are clipped by norm.")
+    weights_dtype(keys.get("precision"))
+    refuse_several_devices(keys["strategy"], keys["devices"], keys["num_nodes"])
+
+
+def fit_trainer(
+    keys: dict[str, Any],
+    settings: RunSettings,
+    module: MFTModule,
+    *,
+    seed: int,
+    output_dir: Path,
+    tensorboard_dir: Path,
+    resumed_step: int,
+    total_steps: int,
+    extra_callbacks: list[L.Callback],
+) -> L.Trainer:
+    """The Trainer that trains.
+
+    The order of callbacks matters: a step is logged, then validated, then saved (Lightning puts checkpoints last);
+    the clock comes before all, so that its last step is known to be the last.
+    """
+    evaluation = Evaluation(settings.evaluation) if settings.evaluation.enabled else None
+    callbacks: list[L.Callback] = [StepSeeding(seed)]
+    if keys.get("max_time") is not None:
+        callbacks.append(Timer(keys["max_time"]))
+    callbacks += [*_listed(keys.get("callbacks")), StepLogging(keys["log_every_n_steps"]), *extra_callbacks]
+    if module.source.init == "random":
+        callbacks.append(RandomBase(output_dir / "base"))
+    if settings.early_stopping.patience != -1:
+        if evaluation is None:
+            raise UserError("early_stopping.patience: needs validations, but evaluation.strategy is none.")
+        callbacks.append(settings.early_stopping.callback(settings.checkpoint))
+    if evaluation is not None:
+        callbacks.append(evaluation)
+    callbacks.append(HFModelCheckpoint(settings.checkpoint, output_dir, evaluation))
+    loggers: Any = keys.get("logger")
+    if loggers in (None, True):
+        loggers = [
+            tensorboard_logger(tensorboard_dir, resumed_step),
+            MetricsCSV(output_dir / "metrics.csv", resumed_step),
+        ]
+    bar = _bar(keys)
+    if not bar:
+        loggers = [*_listed(loggers or None), PlainLines(total_steps)]
+    return L.Trainer(
+        **{
+            **keys,
+            "callbacks": callbacks,
+            "logger": loggers,
+            "plugins": [*_listed(keys.get("plugins")), HFCheckpointIO(module)],
+            "max_time": None,
+            "enable_progress_bar": bar,
+            "default_root_dir": output_dir,
+            "use_distributed_sampler": False,
+            "check_val_every_n_epoch": NEVER,
+            "limit_val_batches": 1.0 if evaluation else 0,
+            # Lightning's sanity check over all batches is a validation before training, not repeated on resume
+            "num_sanity_val_steps": -1 if settings.evaluation.at_start else 0,
+        }
+    )
+
+
+def evaluation_trainer(keys: dict[str, Any], module: MFTModule, output_dir: Path) -> L.Trainer:
+    """The Trainer of ``validate`` and ``test``: it writes nothing."""
+    return L.Trainer(
+        **{
+            **keys,
+            "callbacks": _listed(keys.get("callbacks")),
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": _bar(keys),
+            "plugins": [*_listed(keys.get("plugins")), HFCheckpointIO(module)],
+            "default_root_dir": output_dir,
+            "use_distributed_sampler": False,
+        }
+    )
+
+
+def refuse_several_ranks(trainer: L.Trainer) -> None:
+    """``trainer.devices: auto`` on a machine with several GPUs would start several ranks."""
+    if trainer.world_size > 1:
+        raise NotYetError("trainer.devices", trainer.world_size, "Set trainer.devices: 1.")
+
+
+def _bar(keys: dict[str, Any]) -> bool:
+    """A progress bar where someone looks at a terminal, unless the user decided."""
+    given = keys.get("enable_progress_bar")
+    return sys.stdout.isatty() if given is None else given
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
