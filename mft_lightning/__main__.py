@@ -1,0 +1,3 @@
+from mft_lightning.cli import main
+
+raise SystemExit(main())

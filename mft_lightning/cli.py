@@ -1,0 +1,58 @@
+"""The table of commands."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable
+
+from mft_lightning import __version__
+from mft_lightning.errors import UserError
+
+# name -> (module:function, what it does); a command is imported only when it is called
+COMMANDS = {
+    "fit": ("mft_lightning.commands.fit:fit", "train on task directories"),
+    "validate": ("mft_lightning.commands.evaluate:validate", "measure a checkpoint on the validation split"),
+    "test": ("mft_lightning.commands.evaluate:test", "measure a checkpoint on the test split"),
+    "inspect": ("mft_lightning.commands.inspect:inspect", "show what the model will see and learn from"),
+    "generate": ("mft_lightning.commands.generate:generate", "ask a checkpoint"),
+}
+NOT_YET = ("predict", "merge", "chat", "convert-config", "prepare", "estimate")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; bad input ends with one message on stderr and exit code 1 (``--verbose`` adds the traceback)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    verbose = "--verbose" in arguments
+    arguments = [word for word in arguments if word != "--verbose"]
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(_usage())
+            return 0
+        if arguments[0] == "--version":
+            print(__version__)
+            return 0
+        _command(arguments[0])(arguments[1:])
+    except UserError as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _command(name: str) -> Callable[[list[str]], None]:
+    if name in NOT_YET:
+        raise UserError(f"{name}: this command is not there yet. There are {', '.join(COMMANDS)}.")
+    if name not in COMMANDS:
+        raise UserError(f"{name}: no such command. There are {', '.join(COMMANDS)}.")
+    module, _, function = COMMANDS[name][0].partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _usage() -> str:
+    lines = [f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: python -m mft_lightning COMMAND [options] [--verbose]", *lines, "COMMAND --help: its options"]
+    )

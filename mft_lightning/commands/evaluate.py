@@ -1,0 +1,48 @@
+"""``validate`` and ``test``: the metrics of a checkpoint on a split."""
+
+from __future__ import annotations
+
+from mft_lightning.errors import UserError
+from mft_lightning.quiet import quieten
+from mft_lightning.run_config import RunConfig
+from mft_lightning.training.checkpoint_dirs import resolve_checkpoint
+from mft_lightning.training.trainer import evaluation_trainer, refuse_several_ranks
+
+
+def validate(argv: list[str]) -> None:
+    """Measure ``--ckpt_path`` (or, without it, the model as it starts) on the validation split."""
+    _evaluate(argv, "validate", "valid")
+
+
+def test(argv: list[str]) -> None:
+    """Measure ``--ckpt_path`` (or, without it, the model as it starts) on the test split."""
+    _evaluate(argv, "test", "test")
+
+
+def _evaluate(argv: list[str], command: str, split: str) -> None:
+    quieten()
+    config = RunConfig(argv, command)
+    module, datamodule = config.model, config.datamodule
+    module.check(datamodule)
+    checkpoint = None
+    if config.config.ckpt_path is not None:
+        settings = config.settings.checkpoint
+        checkpoint = resolve_checkpoint(config.config.ckpt_path, config.output_dir, settings.monitor, settings.mode)
+        if checkpoint is None:
+            raise UserError(f"--ckpt_path last: no checkpoint in {config.output_dir}.")
+    datamodule.setup(command)
+    datamodule.check_evaluation(split)
+    module.build(datamodule, random_base=str(config.output_dir / "base"))
+    trainer = evaluation_trainer(config.trainer_keys(config.config_init), module, config.output_dir)
+    refuse_several_ranks(trainer)
+    run = trainer.validate if command == "validate" else trainer.test
+    results = run(
+        module,
+        datamodule=datamodule,
+        ckpt_path=checkpoint.path if checkpoint else None,
+        weights_only=True,
+        verbose=False,
+    )
+    print(f"{split} split, {checkpoint.path if checkpoint else 'before training'}")
+    for name, value in results[0].items():
+        print(f"{name:40} {value:.6f}")

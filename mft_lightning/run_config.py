@@ -1,0 +1,146 @@
+"""The keys of a run: one parser for every command that takes a run's YAML, and the objects it describes."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.errors import UserError
+from mft_lightning.model.module import MFTModule
+from mft_lightning.model.parallel import ParallelSettings
+from mft_lightning.shipped import shipped_config
+from mft_lightning.training.callbacks import EarlyStoppingSettings
+from mft_lightning.training.checkpoint import CheckpointSettings
+from mft_lightning.training.evaluation import EvaluationSettings
+from mft_lightning.training.trainer import RunSettings, check_trainer_keys, weights_dtype
+
+GROUPS = {
+    "evaluation": EvaluationSettings,
+    "checkpoint": CheckpointSettings,
+    "early_stopping": EarlyStoppingSettings,
+    "parallel": ParallelSettings,
+}
+TRAINER_DEFAULTS = {"log_every_n_steps": 10, "enable_model_summary": False, "gradient_clip_val": 1.0}
+
+
+class RunConfig(LightningCLI):
+    """Parses a run's keys and makes its data module, its module and its settings; the Trainer is the command's.
+
+    Args:
+        argv: the command line after the command's name.
+        extra: further arguments of the command, by name, as ``add_argument`` takes them.
+    """
+
+    datamodule: MFTDataModule
+    model: MFTModule
+
+    def __init__(self, argv: list[str], prog: str, extra: dict[str, dict[str, Any]] | None = None) -> None:
+        self.extra = extra or {}
+        super().__init__(
+            MFTModule,
+            MFTDataModule,
+            save_config_callback=None,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=42,
+            parser_kwargs={"exit_on_error": False, "prog": f"python -m mft_lightning {prog}"},
+            args=argv,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--output_dir",
+            type=str | None,
+            default=None,
+            help="Everything a run writes. Default: checkpoints/<config>.",
+        )
+        parser.add_argument(
+            "--tensorboard_dir", type=str | None, default=None, help="TensorBoard's files. Default: output_dir/runs."
+        )
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="last, best, or a checkpoint directory.")
+        for name, options in self.extra.items():
+            parser.add_argument(f"--{name}", **options)
+        for group, settings in GROUPS.items():
+            parser.add_class_arguments(settings, group)
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("trainer.precision", "model.dtype", compute_fn=weights_dtype)
+        parser.link_arguments(
+            ("model.tokenizer_path", "model.pretrained_model_path"),
+            "data.tokenizer_path",
+            compute_fn=lambda tokenizer, model: tokenizer or model,
+        )
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
+        parser.link_arguments("evaluation.max_conversations_per_task", "data.max_evaluation_conversations")
+        parser.link_arguments("evaluation.exclude_tasks", "data.exclude_tasks")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(_with_shipped_configs(args))
+        except argparse.ArgumentError as error:
+            raise UserError(_with_nearest_key(str(error), parser)) from error
+
+    def before_instantiate_classes(self) -> None:
+        if isinstance(self.config.seed_everything, bool):
+            raise UserError("seed_everything: give a number; a run is made again from it.")
+        check_trainer_keys(self.trainer_keys(self.config))
+
+    def instantiate_classes(self) -> None:
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
+        self.settings = RunSettings(**{group: self.config_init[group] for group in GROUPS})
+
+    @staticmethod
+    def trainer_keys(config: Any) -> dict[str, Any]:
+        return dict(config["trainer"])
+
+    @property
+    def output_dir(self) -> Path:
+        if self.config.output_dir is not None:
+            return Path(self.config.output_dir).expanduser().absolute()
+        configs = self.config.get("config") or []
+        stem = Path(str(configs[0])).stem if configs else "run"
+        return (Path("checkpoints") / stem).absolute()
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        given = self.config.tensorboard_dir
+        return Path(given).expanduser().absolute() if given else self.output_dir / "runs"
+
+    def save(self, file: Path) -> None:
+        """Write all keys of the run as YAML that ``--config`` takes again."""
+        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=True)
+        file.write_text(text)
+
+
+def _with_shipped_configs(argv: list[str]) -> list[str]:
+    found = []
+    follows = False
+    for word in argv:
+        option, given, value = word.partition("=")
+        if follows:
+            word = shipped_config(word)
+        elif option in ("--config", "-c") and given:
+            word = f"{option}={shipped_config(value)}"
+        follows = word in ("--config", "-c")
+        found.append(word)
+    return found
+
+
+def _with_nearest_key(message: str, parser: LightningArgumentParser) -> str:
+    """Add to a parser's message the known key that is most like the unknown one it names."""
+    known = sorted({option.lstrip("-") for action in parser._actions for option in action.option_strings})
+    match = re.search(r"(?:Key|key|group|arguments:)\s+['\"]?(?:--)?([\w.]+)['\"]?", message)
+    if match and match[1] not in known:
+        nearest = difflib.get_close_matches(match[1], known, n=1, cutoff=0.6)
+        if nearest:
+            return f"{message}\nThe nearest key is {nearest[0]!r}."
+    return message
