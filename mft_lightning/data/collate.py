@@ -19,9 +19,12 @@ from torch import Tensor
 from mft_lightning.data.token_cache import TokenTable
 
 
-@dataclass(frozen=True)
+@dataclass
 class Movable:
-    """Dataclasses of tensors that Lightning moves to the device by their ``to``."""
+    """Dataclasses of tensors that Lightning moves to the device by their ``to``.
+
+    Not frozen, because Lightning's half-precision plugin sets the fields of a copy.
+    """
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         moved: dict[str, Any] = {}
@@ -34,7 +37,7 @@ class Movable:
         return replace(self, **moved)
 
 
-@dataclass(frozen=True)
+@dataclass
 class MicroBatch(Movable):
     """What one forward sees: ``C`` conversations with ``P`` supervised tokens in ``B`` rows of ``T`` tokens.
 
@@ -46,6 +49,7 @@ class MicroBatch(Movable):
         conversation: ``int64 [P]``, which of the ``C`` conversations each belongs to.
         tasks: ``int64 [C]``, task numbers.
         n_supervised: ``int64 [C]``.
+        packed_lengths: of the conversations in a packed row, in order; empty where each has a row of its own.
     """
 
     input_ids: Tensor
@@ -55,9 +59,10 @@ class MicroBatch(Movable):
     conversation: Tensor
     tasks: Tensor
     n_supervised: Tensor
+    packed_lengths: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepBatch(Movable):
     """One rank's share of an optimizer step, and counts of the whole step that every rank knows.
 
@@ -107,6 +112,7 @@ def collate(table: TokenTable, indices: Sequence[int] | np.ndarray, *, packed: b
         conversation=_joined(conversation),
         tasks=torch.from_numpy(table.tasks[chosen]),
         n_supervised=torch.from_numpy(table.n_supervised[chosen]),
+        packed_lengths=tuple(lengths) if packed else (),
     )
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mft_lightning.errors import NotYetError, UserError
+from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
 from mft_lightning.model.settings import LoraSettings
 
 LORA_TARGETS = {"gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]}
@@ -70,8 +71,9 @@ def build_causal_lm(source: ModelSource) -> PreTrainedModel:
         UserError: weights that are missing, damaged or of other shapes.
     """
     config = load_config(source.path, source.model_type, source.trust_remote_code)
+    sliced = source.attn_implementation == "sdpa" and config.model_type in SLICED_MODEL_TYPES
     options: dict[str, Any] = {
-        "attn_implementation": source.attn_implementation,
+        "attn_implementation": SDPA_BY_CONVERSATION if sliced else source.attn_implementation,
         "trust_remote_code": source.trust_remote_code,
     }
     if source.init == "random":

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mft_lightning.data.collate import MicroBatch
+from mft_lightning.model.attention import packed_row_arguments
 
 LOGIT_BUDGET = 512 * 2**20  # bytes of float32 logits that may stand in memory at once
 
@@ -54,7 +55,7 @@ class SupervisedLM(nn.Module):
         return cast(PreTrainedModel, inner)
 
     def forward(self, micro: MicroBatch) -> SupervisedNLL:
-        hidden = self.hidden_states(micro.input_ids, micro.position_ids)
+        hidden = self.hidden_states(micro)
         chosen = hidden.flatten(0, 1)[micro.predictors]
         conversations = len(micro.tasks)
         if not len(micro.targets):  # a rank without work: no loss, but a graph that backward can run through
@@ -67,14 +68,19 @@ class SupervisedLM(nn.Module):
             correct.new_zeros(conversations).index_add(0, micro.conversation, correct),
         )
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    def hidden_states(self, micro: MicroBatch) -> Tensor:
         """The backbone's last hidden states, ``[B, T, hidden]``.
 
         ``use_cache=False`` is not about memory alone: with a cache, transformers no longer sees that a row is packed
         and conversations attend to each other.
         """
         backbone = self.causal_lm.base_model
-        return backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        return backbone(
+            input_ids=micro.input_ids,
+            position_ids=micro.position_ids,
+            use_cache=False,
+            **packed_row_arguments(self.causal_lm, micro.packed_lengths, micro.input_ids),
+        ).last_hidden_state
 
     def _token_nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """NLL and correctness of each target: ``[P, hidden], [P] -> [P], int64 [P]``."""

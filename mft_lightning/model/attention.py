@@ -1,0 +1,72 @@
+"""Attention over packed rows at the cost of the conversations in them, not of the row squared.
+
+transformers' sdpa sees a packed row as one sequence with a block-diagonal mask, whose cost grows with the square of the
+row. Here each conversation is a causal attention of its own over its slice of the row, which needs no mask at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+SDPA_BY_CONVERSATION = "sdpa_by_conversation"
+SLICED_MODEL_TYPES = ("gpt_neox",)  # their layers hand keywords and a ready mask on to the attention function
+
+
+def sdpa_by_conversation(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    conversation_lengths: tuple[int, ...] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function of transformers' ``AttentionInterface``.
+
+    Args:
+        module: the attention layer.
+        query: ``[1, heads, T, head]`` where lengths are given.
+        key: like ``query``.
+        value: like ``query``.
+        attention_mask: read only where no lengths are given.
+        scaling: of the scores.
+        dropout: on the attention weights.
+        conversation_lengths: of the conversations laid end to end, of sum ``T``; without them, transformers' sdpa.
+        kwargs: for transformers' sdpa.
+
+    Returns:
+        ``[1, T, heads, head]``, and no weights.
+    """
+    if conversation_lengths is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    slices = zip(*(states.split(conversation_lengths, dim=2) for states in (query, key, value)), strict=True)
+    attended = [
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling) for q, k, v in slices
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def packed_row_arguments(model: nn.Module, lengths: tuple[int, ...], like: Tensor) -> dict[str, Any]:
+    """What to add to the backbone's keywords for a packed row; nothing where transformers makes the mask itself.
+
+    A mask of four dimensions is taken as made by the caller (``_preprocess_mask_arguments`` in transformers'
+    masking_utils), so that no row-squared mask is built; its values are not read.
+    """
+    if not lengths or model.config._attn_implementation != SDPA_BY_CONVERSATION:  # type: ignore[union-attr]
+        return {}
+    return {"attention_mask": like.new_zeros(1, 1, 1, 1), "conversation_lengths": lengths}
+
+
+AttentionInterface.register(SDPA_BY_CONVERSATION, sdpa_by_conversation)
+AttentionMaskInterface.register(SDPA_BY_CONVERSATION, sdpa_mask)
