@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
+from mft_lightning.key_errors import explain
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.shipped import shipped_config
@@ -70,8 +69,8 @@ class RunConfig(LightningCLI):
             parser.add_argument(f"--{name}", **options)
         for group, settings in GROUPS.items():
             parser.add_class_arguments(settings, group)
-        parser.link_arguments("seed_everything", "data.seed")
-        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
         parser.link_arguments("trainer.precision", "model.dtype", compute_fn=weights_dtype)
         parser.link_arguments(
             ("model.tokenizer_path", "model.pretrained_model_path"),
@@ -86,15 +85,14 @@ class RunConfig(LightningCLI):
         try:
             self.config = parser.parse_args(_with_shipped_configs(args))
         except argparse.ArgumentError as error:
-            raise UserError(_with_nearest_key(str(error), parser)) from error
+            known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+            raise UserError(explain(str(error), known)) from error
 
     def before_instantiate_classes(self) -> None:
-        if isinstance(self.config.seed_everything, bool):
-            raise UserError("seed_everything: give a number; a run is made again from it.")
         check_trainer_keys(self.trainer_keys(self.config))
 
     def instantiate_classes(self) -> None:
-        self.config_init = self.parser.instantiate_classes(self.config)
+        self.config_init = self.parser.instantiate(self.config)
         self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
         self.settings = RunSettings(**{group: self.config_init[group] for group in GROUPS})
 
@@ -117,8 +115,14 @@ class RunConfig(LightningCLI):
 
     def save(self, file: Path) -> None:
         """Write all keys of the run as YAML that ``--config`` takes again."""
-        text = self.parser.dump(self.config, skip_none=False, skip_link_targets=True)
+        text = self.parser.dump(self.config, skip_unset=False, skip_link_targets=True)
         file.write_text(text)
+
+
+def _seed(value: bool | int) -> int:
+    if isinstance(value, bool) or value < 0:
+        raise UserError(f"seed_everything: {value} is no number from 0 on; a run is made again from it.")
+    return value
 
 
 def _with_shipped_configs(argv: list[str]) -> list[str]:
@@ -133,14 +137,3 @@ def _with_shipped_configs(argv: list[str]) -> list[str]:
         follows = word in ("--config", "-c")
         found.append(word)
     return found
-
-
-def _with_nearest_key(message: str, parser: LightningArgumentParser) -> str:
-    """Add to a parser's message the known key that is most like the unknown one it names."""
-    known = sorted({option.lstrip("-") for action in parser._actions for option in action.option_strings})
-    match = re.search(r"(?:Key|key|group|arguments:)\s+['\"]?(?:--)?([\w.]+)['\"]?", message)
-    if match and match[1] not in known:
-        nearest = difflib.get_close_matches(match[1], known, n=1, cutoff=0.6)
-        if nearest:
-            return f"{message}\nThe nearest key is {nearest[0]!r}."
-    return message

@@ -36,7 +36,7 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
     trainer = evaluation_trainer(config.trainer_keys(config.config_init), module, config.output_dir)
     refuse_several_ranks(trainer)
     run = trainer.validate if command == "validate" else trainer.test
-    results = run(
+    run(
         module,
         datamodule=datamodule,
         ckpt_path=checkpoint.path if checkpoint else None,
@@ -44,5 +44,5 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
         verbose=False,
     )
     print(f"{split} split, {checkpoint.path if checkpoint else 'before training'}")
-    for name, value in results[0].items():
-        print(f"{name:40} {value:.6f}")
+    for name, value in trainer.callback_metrics.items():
+        print(f"{name:40} {float(value):.6f}")

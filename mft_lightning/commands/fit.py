@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 
 from mft_lightning.commands.report import run_plan, run_summary
+from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
+from mft_lightning.training.callbacks import GracefulStop
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo, find_checkpoints, resolve_checkpoint
 from mft_lightning.training.trainer import fit_trainer, refuse_several_ranks
 
@@ -38,12 +41,9 @@ def fit(argv: list[str]) -> None:
     datamodule.setup("fit")
     if config.settings.evaluation.enabled:
         datamodule.check_evaluation("valid")
-        known = [f"val/loss/{name}" for name in datamodule.task_names] + ["val/loss"]
-        if "val/loss" in config.settings.checkpoint.monitor and config.settings.checkpoint.monitor not in known:
-            raise UserError(
-                f"checkpoint.monitor: {config.settings.checkpoint.monitor!r} is none of {', '.join(known)}."
-            )
+        _check_monitor(config.settings.checkpoint.monitor, datamodule)
     module.build(datamodule, random_base=str(config.output_dir / "base"))
+    stop = GracefulStop()
     trainer = fit_trainer(
         keys,
         config.settings,
@@ -53,12 +53,22 @@ def fit(argv: list[str]) -> None:
         tensorboard_dir=config.tensorboard_dir,
         total_steps=datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"]),
         resumed_step=resumed.step if resumed else 0,
-        extra_callbacks=[WriteConfig(config)],
+        extra_callbacks=[stop, WriteConfig(config)],
     )
     refuse_several_ranks(trainer)
     print(run_plan(trainer, module, datamodule, config.output_dir, resumed), flush=True)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)
     print(run_summary(config.output_dir, config.tensorboard_dir, config.settings.checkpoint), flush=True)
+    if stop.received:
+        print("stopped by SIGTERM; go on with the same command and --ckpt_path last", flush=True)
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def _check_monitor(monitor: str, datamodule: MFTDataModule) -> None:
+    evaluated = [name for name in datamodule.task_names if name not in datamodule.exclude_tasks]
+    each = [f"val/{kind}/{name}" for kind in ("loss", "perplexity", "accuracy") for name in evaluated]
+    if monitor not in ("val/loss", *each):
+        raise UserError(f"checkpoint.monitor: {monitor!r} is none of val/loss, {', '.join(each)}.")
 
 
 def _resumed(config: RunConfig) -> CheckpointInfo | None:

@@ -43,14 +43,19 @@ def derive_batch_sizes(
     for key, value in given.items():
         if value is not None and value < 1:
             raise UserError(f"{key}: {value} is less than 1.")
-    if total is None and per_device is None and accumulation is None:
-        total = DEFAULT_TOTAL
+    if per_device is None and accumulation is None:
+        total = total or DEFAULT_TOTAL
+    if per_device is None and total is not None and accumulation is not None:
+        per_device = ceil(total / (devices * accumulation))
+        if ceil(total / (devices * per_device)) != accumulation:
+            raise UserError(
+                f"data.gradient_accumulation_steps: {accumulation} micro-batches on {devices} device(s) cannot share "
+                f"out data.total_train_batch_size: {total} evenly. Leave it out, or change one of them."
+            )
     if per_device is None:
-        share = DEFAULT_PER_DEVICE * devices if total is None else total
-        per_device = ceil(share / (devices * accumulation)) if accumulation else min(DEFAULT_PER_DEVICE, share)
+        per_device = min(DEFAULT_PER_DEVICE, ceil(total / devices)) if total is not None else DEFAULT_PER_DEVICE
     if total is None:
-        accumulation = accumulation or 1
-        total = devices * per_device * accumulation
+        total = devices * per_device * (accumulation or 1)
     expected = ceil(total / (devices * per_device))
     if accumulation is not None and accumulation != expected:
         raise UserError(
@@ -64,7 +69,9 @@ def derive_batch_sizes(
 @lru_cache(maxsize=2)
 def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of ``count`` conversations in an epoch: every one exactly once, ``int64 [count]``."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    order.setflags(write=False)  # cached, and handed out as views
+    return order
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,7 +82,7 @@ class Plan:
         lengths: tokens of each conversation, ``int64 [conversations]``.
         total: conversations of a global batch; the last of an epoch may be shorter.
         per_device: conversations of a micro-batch: at most when padded, on average when packed.
-        packed: balance tokens over micro-batches, instead of putting like lengths together.
+        packed: whether micro-batches are packed rows.
         seed: of the shuffles.
     """
 
@@ -110,12 +117,17 @@ class Plan:
         return order[step * self.total : (step + 1) * self.total]
 
     def deal(self, batch: np.ndarray, rank: int, world: int) -> list[np.ndarray]:
-        """One rank's micro-batches of a global batch; every rank gets the same number, some possibly empty."""
+        """One rank's micro-batches of a global batch; every rank gets the same number, some possibly empty.
+
+        Packed ones are balanced by tokens. Padded ones hold like lengths, so that little is padded, and the ranks work
+        on neighbours at the same time.
+        """
         micros = ceil(len(batch) / (world * self.per_device))
-        slots = self._balanced(batch, world * micros) if self.packed else self._alike(batch)
-        empty = np.empty(0, dtype=np.int64)
-        mine = slots[rank::world]
-        return mine + [empty] * (micros - len(mine))
+        if not micros:
+            return []
+        slots = world * micros
+        dealt = self._balanced(batch, slots) if self.packed else np.array_split(self._longest_first(batch), slots)
+        return dealt[rank::world]
 
     def _longest_first(self, batch: np.ndarray) -> np.ndarray:
         return batch[np.lexsort((batch, -self.lengths[batch]))]
@@ -129,11 +141,6 @@ class Plan:
             dealt[slot].append(int(index))
             heapq.heappush(heap, (tokens + int(self.lengths[index]), slot))
         return [np.array(slot, dtype=np.int64) for slot in dealt]
-
-    def _alike(self, batch: np.ndarray) -> list[np.ndarray]:
-        """Micro-batches of like lengths, so that little is padded; the ranks work on neighbours at the same time."""
-        ordered = self._longest_first(batch)
-        return [ordered[start : start + self.per_device] for start in range(0, len(ordered), self.per_device)]
 
 
 def deal_evaluation(lengths: np.ndarray, per_device: int, rank: int, world: int) -> list[np.ndarray]:

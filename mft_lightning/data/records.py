@@ -127,6 +127,8 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
         raise BadRecord("not-utf8", f"is not UTF-8 (byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
         raise BadRecord("invalid-json", f"is not valid JSON ({error.msg} at column {error.colno})") from error
+    except ValueError as error:  # a number with more digits than Python converts
+        raise BadRecord("invalid-json", f"is not valid JSON ({error})") from error
     except RecursionError as error:
         raise BadRecord("invalid-json", "is nested too deeply") from error
     if not isinstance(record, dict):
@@ -139,7 +141,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) != len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise BadRecord("duplicate-key", f"{repeated}: stands twice in one object")
+        raise BadRecord("duplicate-key", f"{repeated!r}: stands twice in one object")
     return record
 
 

@@ -73,7 +73,7 @@ def parse_shares(data_split: str) -> tuple[float, float, float]:
         shares = [float(part) for part in data_split.split(",")]
     except ValueError:
         shares = []
-    if len(shares) != 3 or min(shares) < 0 or not np.isfinite(shares).all() or shares[0] == 0:
+    if len(shares) != 3 or min(shares) < 0 or not np.isfinite(sum(shares)) or shares[0] == 0:
         raise UserError(
             f"data.data_split: {data_split!r} is not three percentages of train, valid and test with something to "
             "train on, like '95,5,0'."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mft_lightning.data.chat_format import CHAT_TEMPLATE
@@ -24,6 +26,8 @@ def load_tokenizer(
     Raises:
         UserError: nothing there, or a token that the tokenizer lacks.
     """
+    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+        raise UserError(f"model.pretrained_model_path: no such directory: {path}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

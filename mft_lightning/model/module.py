@@ -219,7 +219,17 @@ class MFTModule(L.LightningModule):
             num_cycles=self.lr_num_cycles,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.optimizer_settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Put the configured rates and decays in force, where Lightning restored those of the checkpoint's run."""
+        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        scheduler = cast(torch.optim.lr_scheduler.LambdaLR, config.scheduler)
+        scheduler.base_lrs = [settings["initial_lr"] for settings in self.optimizer_settings]
+        for i, (group, settings) in enumerate(zip(optimizer.param_groups, self.optimizer_settings, strict=True)):
+            group.update(settings)
+            group["lr"] = scheduler.base_lrs[i] * scheduler.lr_lambdas[i](scheduler.last_epoch)
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run. ``trainer.estimated_stepping_batches`` would build the loaders early and

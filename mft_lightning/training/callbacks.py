@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 import lightning as L
@@ -31,6 +33,31 @@ class StepSeeding(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         entropy = np.random.SeedSequence([self.seed, trainer.global_step, trainer.global_rank])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+
+class GracefulStop(L.Callback):
+    """Turns a SIGTERM into an ordinary end: the step is finished, validated and saved.
+
+    It listens in place of Lightning, which would break off in the middle of a validation, or between a step and its
+    checkpoint.
+
+    Attributes:
+        received: whether the run was asked to stop.
+    """
+
+    received = False
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        trainer.should_stop = trainer.should_stop or self.received
+
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self.received = True
 
 
 class StepLogging(L.Callback):

@@ -17,4 +17,4 @@ def is_run_end(trainer: L.Trainer) -> bool:
     limited = trainer.max_epochs is not None and trainer.max_epochs > -1
     if limited and is_epoch_end(trainer) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0):
         return True
-    return trainer.received_sigterm or (trainer.should_stop and trainer.fit_loop._can_stop_early)
+    return trainer.should_stop

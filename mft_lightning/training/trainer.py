@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.module import MFTModule
@@ -43,6 +45,8 @@ ELSEWHERE: dict[str, tuple[Any, str]] = {
     "reload_dataloaders_every_n_epochs": (0, "nothing: the plan shuffles every epoch"),
     "use_distributed_sampler": (True, "nothing: the plan deals to the ranks"),
     "default_root_dir": (None, "output_dir"),
+    "min_steps": (None, "early_stopping.patience"),
+    "min_epochs": (None, "early_stopping.patience"),
     "barebones": (False, "trainer.logger"),
 }
 
@@ -81,7 +85,8 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
             raise UserError(f"trainer.{key}: {keys[key]} has no effect here. Use {here}.")
     if keys.get("gradient_clip_algorithm") == "value":
         raise UserError("trainer.gradient_clip_algorithm: value is not supported; gradients are clipped by norm.")
-    weights_dtype(keys.get("precision"))
+    if keys.get("precision") == "16-mixed" and not torch.cuda.is_available():
+        raise UserError("trainer.precision: 16-mixed needs a CUDA GPU. Use bf16-mixed.")
     refuse_several_devices(keys["strategy"], keys["devices"], keys["num_nodes"])
 
 
@@ -106,7 +111,7 @@ def fit_trainer(
     callbacks: list[L.Callback] = [StepSeeding(seed)]
     if keys.get("max_time") is not None:
         callbacks.append(Timer(keys["max_time"]))
-    callbacks += [*_listed(keys.get("callbacks")), StepLogging(keys["log_every_n_steps"]), *extra_callbacks]
+    callbacks += [*_listed(keys.get("callbacks")), *extra_callbacks, StepLogging(keys["log_every_n_steps"])]
     if module.source.init == "random":
         callbacks.append(RandomBase(output_dir / "base"))
     if settings.early_stopping.patience != -1:
@@ -125,8 +130,8 @@ def fit_trainer(
     bar = _bar(keys)
     if not bar:
         loggers = [*_listed(loggers or None), PlainLines(total_steps)]
-    return L.Trainer(
-        **{
+    return _trainer(
+        {
             **keys,
             "callbacks": callbacks,
             "logger": loggers,
@@ -145,8 +150,8 @@ def fit_trainer(
 
 def evaluation_trainer(keys: dict[str, Any], module: MFTModule, output_dir: Path) -> L.Trainer:
     """The Trainer of ``validate`` and ``test``: it writes nothing."""
-    return L.Trainer(
-        **{
+    return _trainer(
+        {
             **keys,
             "callbacks": _listed(keys.get("callbacks")),
             "logger": False,
@@ -163,6 +168,13 @@ def refuse_several_ranks(trainer: L.Trainer) -> None:
     """``trainer.devices: auto`` on a machine with several GPUs would start several ranks."""
     if trainer.world_size > 1:
         raise NotYetError("trainer.devices", trainer.world_size, "Set trainer.devices: 1.")
+
+
+def _trainer(keys: dict[str, Any]) -> L.Trainer:
+    try:
+        return L.Trainer(**keys)
+    except (MisconfigurationException, ModuleNotFoundError) as error:
+        raise UserError(f"trainer: {error}") from error
 
 
 def _bar(keys: dict[str, Any]) -> bool:

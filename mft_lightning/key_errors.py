@@ -1,0 +1,44 @@
+"""The parser's messages about keys, in the words of a user."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Set
+
+_UNKNOWN = (
+    r"unrecognized arguments: --(?P<key>[\w.]+)",
+    r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'",
+    r"Option '(?P<key>[\w.]+)' is not accepted",
+    r"[Kk]ey '(?P<key>[\w.]+)' is not expected",
+)
+
+
+def explain(message: str, known: Set[str]) -> str:
+    """A parser's message with what to do about it.
+
+    Args:
+        message: of jsonargparse.
+        known: all keys there are, like ``data.seq_length``.
+
+    Returns:
+        An unknown key with the nearest known one; a missing one said to be missing; anything else without internals.
+    """
+    for pattern in _UNKNOWN:
+        if match := re.search(pattern, message):
+            found = match.groupdict()
+            key = f"{found['group']}.{found['key']}" if found.get("group") else found["key"]
+            return f"{key}: there is no such key.{_nearest(key, known)}"
+    if match := re.search(r'[Kk]ey "(?P<key>[\w.]+)":.*Got value: None$', message, re.DOTALL):
+        return f"{match['key']}: is missing. Give it in a --config file or on the command line."
+    message = re.sub(r"Call to compute_fn of link .*? failed: ", "", message, flags=re.DOTALL)
+    message = re.sub(r'Parser key "([\w.]+)":', r"\1:", message)
+    return message.replace("typing.", "").replace("<class 'NoneType'>", "null")
+
+
+def _nearest(key: str, known: Set[str]) -> str:
+    """The known key that is spelt most alike, as a whole or in its last part."""
+    last = {name.rpartition(".")[2]: name for name in sorted(known, reverse=True)}
+    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.7)
+    near = near or [last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=1, cutoff=0.6)]
+    return f" The nearest is {near[0]}." if near else ""
