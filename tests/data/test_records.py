@@ -1,0 +1,272 @@
+"""JSONL lines to conversations: every accepted form, every bad one with its reason and field."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mft_lightning.data.records import BadRecord, Conversation, Turn, parse_record, read_lines, task_files
+from mft_lightning.errors import UserError
+
+SYSTEM, ASK, REPLY = Turn("system", "Be brief."), Turn("human", "2+2?"), Turn("bot", "4")
+FORMS = ["chat_rounds", "messages"]
+BOM = b"\xef\xbb\xbf"
+
+
+def parsed(record: Any) -> Conversation:
+    return parse_record(json.dumps(record).encode())
+
+
+def refusal(raw: bytes) -> BadRecord:
+    with pytest.raises(BadRecord) as caught:
+        parse_record(raw)
+    assert str(caught.value) == caught.value.detail
+    return caught.value
+
+
+def rounds(*turns: tuple[Any, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+# --- accepted forms
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("human", "bot"), [("human", "bot"), ("user", "assistant"), ("user", "bot")])
+def test_rounds_are_read_with_either_name_of_each_role(form: str, human: str, bot: str) -> None:
+    record = {form: rounds(("system", "Be brief."), (human, "2+2?"), (bot, "4"), (human, "2+2?"), (bot, "4"))}
+    assert parsed(record) == Conversation((SYSTEM, ASK, REPLY, ASK, REPLY))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rounds_may_lack_a_system_turn_and_may_end_with_a_question(form: str) -> None:
+    assert parsed({form: rounds(("human", "2+2?"), ("bot", "4"), ("human", "2+2?"))}).turns == (ASK, REPLY, ASK)
+
+
+def test_prompt_and_answer_become_two_turns() -> None:
+    assert parsed({"prompt": "2+2?", "answer": "4"}) == Conversation((ASK, REPLY))
+
+
+def test_prompt_and_answer_take_a_system_turn() -> None:
+    assert parsed({"answer": "4", "prompt": "2+2?", "system": "Be brief."}).turns == (SYSTEM, ASK, REPLY)
+
+
+def test_system_null_is_no_system_turn() -> None:
+    assert parsed({"system": None, "prompt": "2+2?", "answer": "4"}).turns == (ASK, REPLY)
+
+
+def test_text_is_kept_as_text() -> None:
+    assert parsed({"text": " def f():\n\treturn 1 "}) == Conversation(text=" def f():\n\treturn 1 ")
+
+
+def test_other_fields_are_ignored() -> None:
+    record = {"id": 7, "data_name": "math", "meta": {"a": [1, None]}, "prompt": "2+2?", "answer": "4", "text": 3}
+    assert parsed(record).turns == (ASK, REPLY)
+
+
+def test_a_system_or_human_content_may_be_empty() -> None:
+    assert parsed({"system": "", "prompt": "", "answer": "4"}).turns == (Turn("system", ""), Turn("human", ""), REPLY)
+
+
+@given(
+    questions=st.lists(st.tuples(st.text(), st.text(min_size=1)), min_size=1, max_size=4),
+    system=st.none() | st.text(),
+    form=st.sampled_from(FORMS),
+    ascii_only=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_text_comes_back_unchanged(
+    questions: list[tuple[str, str]], system: str | None, form: str, ascii_only: bool
+) -> None:
+    turns = [("human" if i % 2 == 0 else "bot", text) for i, text in enumerate(t for pair in questions for t in pair)]
+    if system is not None:
+        turns.insert(0, ("system", system))
+    raw = json.dumps({form: rounds(*turns)}, ensure_ascii=ascii_only).encode()
+    assert [(turn.role, turn.content) for turn in parse_record(raw).turns] == turns
+
+
+# --- bad forms
+
+
+HUMAN = b'{"role": "human", "content": "q"}'
+BOT = b'{"role": "bot", "content": "a"}'
+SYS = b'{"role": "system", "content": "s"}'
+
+
+def chat(*items: bytes) -> bytes:
+    return b'{"chat_rounds": [' + b", ".join(items) + b"]}"
+
+
+BAD = {
+    "cut off": (b'{"prompt": "q", "answer": ', "invalid-json", "not valid JSON"),
+    "single quotes": (b"{'prompt': 'q'}", "invalid-json", "column 2"),
+    "two objects in a line": (b'{"text": "a"} {"text": "b"}', "invalid-json", "column 15"),
+    "raw control character": (b'{"text": "a\x01"}', "invalid-json", "column"),
+    "BOM inside the file": (BOM + b'{"text": "a"}', "invalid-json", "BOM"),
+    "nested deeply": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid-json", "nested too deeply"),
+    "latin-1": ('{"text": "é"}'.encode("latin-1"), "not-utf8", "byte 10"),
+    "utf-16": ('{"text": "a"}'.encode("utf-16"), "not-utf8", "UTF-8"),
+    "array": (b'["a"]', "not-an-object", "list"),
+    "string": (b'"a"', "not-an-object", "str"),
+    "null": (b"null", "not-an-object", "NoneType"),
+    "key twice": (b'{"prompt": "q", "answer": "a", "answer": "b"}', "duplicate-key", "answer"),
+    "key twice inside": (chat(HUMAN, b'{"role": "bot", "content": "a", "content": "b"}'), "duplicate-key", "content"),
+    "no known field": (b'{"question": "q"}', "no-conversation", "chat_rounds"),
+    "empty object": (b"{}", "no-conversation", "prompt"),
+    "rounds null": (b'{"chat_rounds": null}', "bad-rounds", "chat_rounds"),
+    "rounds an object": (b'{"messages": {"role": "human"}}', "bad-rounds", "messages"),
+    "a round that is a string": (chat(HUMAN, b'"a"'), "bad-rounds", "chat_rounds[1]"),
+    "role unknown": (chat(b'{"role": "gpt", "content": "q"}', BOT), "unknown-role", "chat_rounds[0].role"),
+    "role in capitals": (chat(HUMAN, b'{"role": "Bot", "content": "q"}'), "unknown-role", "chat_rounds[1].role"),
+    "role missing": (chat(HUMAN, b'{"content": "q"}'), "unknown-role", "chat_rounds[1].role"),
+    "role a list": (chat(HUMAN, b'{"role": ["bot"], "content": "q"}'), "unknown-role", "chat_rounds[1].role"),
+    "content missing": (chat(HUMAN, b'{"role": "bot"}'), "missing-content", "chat_rounds[1].content"),
+    "content null": (chat(b'{"role": "human", "content": null}', BOT), "missing-content", "chat_rounds[0].content"),
+    "content a list": (chat(HUMAN, b'{"role": "bot", "content": []}'), "missing-content", "chat_rounds[1].content"),
+    "prompt missing": (b'{"answer": "a"}', "missing-content", "prompt: is missing"),
+    "answer missing": (b'{"prompt": "q"}', "missing-content", "answer: is missing"),
+    "answer null": (b'{"prompt": "q", "answer": null}', "missing-content", "answer: is NoneType"),
+    "prompt a number": (b'{"prompt": 1, "answer": "a"}', "missing-content", "prompt: is int"),
+    "system a number": (b'{"system": 1, "prompt": "q", "answer": "a"}', "missing-content", "system: is int"),
+    "text null": (b'{"text": null}', "missing-content", "text"),
+    "text empty": (b'{"text": ""}', "empty-text", "text"),
+    "lone surrogate": (chat(HUMAN, b'{"role": "bot", "content": "a\\ud83d"}'), "not-unicode", "chat_rounds[1].content"),
+    "lone surrogate in text": (b'{"text": "\\udc00"}', "not-unicode", "text"),
+    "two humans in a row": (chat(HUMAN, HUMAN, BOT), "role-order", "chat_rounds[1]"),
+    "two bots in a row": (chat(HUMAN, BOT, BOT), "role-order", "chat_rounds[2]"),
+    "bot first": (chat(BOT, HUMAN), "role-order", "chat_rounds[0]"),
+    "bot after system": (chat(SYS, BOT), "role-order", "chat_rounds[1]"),
+    "system in the middle": (chat(HUMAN, SYS, BOT), "role-order", "chat_rounds[1]"),
+    "two systems": (chat(SYS, SYS, HUMAN, BOT), "role-order", "chat_rounds[1]"),
+    "bot content empty": (
+        chat(HUMAN, b'{"role": "bot", "content": ""}'),
+        "empty-answer",
+        "chat_rounds[1]",
+    ),
+    "later answer empty": (
+        chat(HUMAN, BOT, HUMAN, b'{"role": "assistant", "content": ""}'),
+        "empty-answer",
+        "chat_rounds[3]",
+    ),
+    "answer empty": (b'{"prompt": "q", "answer": ""}', "empty-answer", "answer"),
+    "no bot turn": (chat(SYS, HUMAN), "no-bot-turn", "chat_rounds"),
+    "no round at all": (b'{"messages": []}', "no-bot-turn", "messages"),
+}
+
+
+@pytest.mark.parametrize(("raw", "reason", "names"), BAD.values(), ids=BAD.keys())
+def test_a_bad_record_has_its_reason_and_names_the_field(raw: bytes, reason: str, names: str) -> None:
+    refused = refusal(raw)
+    assert refused.reason == reason
+    assert names in refused.detail
+
+
+def test_the_detail_names_messages_where_the_record_says_messages() -> None:
+    assert refusal(b'{"messages": [{"role": "user", "content": 3}]}').detail.startswith("messages[0].content")
+
+
+def test_a_number_too_long_for_python_is_a_bad_record_not_a_crash() -> None:
+    assert refusal(b'{"prompt": "q", "answer": "a", "id": ' + b"1" * 5000 + b"}").reason == "invalid-json"
+
+
+def test_a_detail_can_be_printed_even_where_the_key_is_no_unicode() -> None:
+    assert refusal(b'{"\\ud800": 1, "\\ud800": 2}').detail.encode()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["human", "bot", "system"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["chat_rounds", "messages", "role", "content", "prompt", "answer", "system", "text"]), inner
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@given(raw=st.binary(max_size=40) | JSON.map(lambda value: json.dumps(value).encode()))
+@settings(deadline=None, max_examples=150)
+def test_whatever_the_line_it_is_a_conversation_or_a_bad_record(raw: bytes) -> None:
+    try:
+        conversation = parse_record(raw)
+    except BadRecord as error:
+        assert error.reason and error.detail
+    else:
+        assert conversation.text or any(turn.role == "bot" and turn.content for turn in conversation.turns)
+
+
+# --- files
+
+
+def lines_of(tmp_path: Path, content: bytes, name: str = "a.jsonl") -> list[tuple[int, bytes]]:
+    file = tmp_path / name
+    file.write_bytes(content)
+    lines = list(read_lines(file))
+    assert all(line.file == file for line in lines)
+    return [(line.number, line.raw) for line in lines]
+
+
+def test_blank_lines_are_left_out_and_still_counted(tmp_path: Path) -> None:
+    assert lines_of(tmp_path, b'\n{"a": 1}\n \t \n\n{"b": 2}') == [(2, b'{"a": 1}'), (5, b'{"b": 2}')]
+
+
+def test_crlf_and_a_byte_order_mark_at_the_start_are_taken_off(tmp_path: Path) -> None:
+    assert lines_of(tmp_path, BOM + b'{"a": 1}\r\n\r\n{"b": 2}\r\n') == [(1, b'{"a": 1}'), (3, b'{"b": 2}')]
+
+
+def test_a_byte_order_mark_is_taken_off_at_the_start_only(tmp_path: Path) -> None:
+    assert lines_of(tmp_path, b"1\n" + BOM + b"2\n") == [(1, b"1"), (2, BOM + b"2")]
+
+
+def test_a_file_of_a_byte_order_mark_alone_has_no_line(tmp_path: Path) -> None:
+    assert lines_of(tmp_path, BOM + b"\r\n") == []
+
+
+def test_unicode_line_separators_do_not_end_a_line(tmp_path: Path) -> None:
+    raw = '{"text": "a\u2028b\u0085c"}'.encode()
+    assert lines_of(tmp_path, raw + b"\n") == [(1, raw)]
+
+
+def test_gzip_is_read_like_plain_text(tmp_path: Path) -> None:
+    content = BOM + b'{"a": 1}\r\n\n{"b": 2}\n'
+    assert lines_of(tmp_path, gzip.compress(content), "a.jsonl.gz") == lines_of(tmp_path, content)
+
+
+@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"a": 1}\n' * 99)[:-9]], ids=["no gzip", "cut off"])
+def test_a_broken_gzip_is_an_error_that_names_the_file(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: cannot be read"):
+        lines_of(tmp_path, content, "a.jsonl.gz")
+
+
+def test_task_files_are_the_jsonl_files_by_name(tmp_path: Path) -> None:
+    for name in ["b.jsonl", "a.jsonl.gz", "c.json", "notes.txt", ".jsonl.swp"]:
+        (tmp_path / name).touch()
+    (tmp_path / "dir.jsonl").mkdir()
+    assert [file.name for file in task_files(tmp_path)] == ["a.jsonl.gz", "b.jsonl"]
+
+
+def test_a_task_directory_that_is_missing_or_a_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file.jsonl").touch()
+    for name in ["missing", "file.jsonl"]:
+        with pytest.raises(UserError, match=rf"{name} is not a directory"):
+            task_files(tmp_path / name)
+
+
+def test_a_task_directory_without_jsonl_is_an_error_that_says_what_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no \*\.jsonl file .*it holds nothing"):
+        task_files(tmp_path)
+    (tmp_path / "train.json").touch()
+    with pytest.raises(UserError, match=r"it holds train\.json"):
+        task_files(tmp_path)
+
+
+def test_zstd_is_refused_by_name_not_passed_over(tmp_path: Path) -> None:
+    for name in ["a.jsonl", "b.jsonl.zst"]:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match=r"b\.jsonl\.zst: zstd"):
+        task_files(tmp_path)

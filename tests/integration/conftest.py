@@ -1,0 +1,91 @@
+"""Runs of the command line, as a user types it."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mft_lightning.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMED = "train/tokens_per_second"
+
+
+def user_environment() -> dict[str, str]:
+    """The environment of a command: two cores are shared, so each process keeps to one."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    """``python -m mft_lightning …`` from the project's root."""
+    line = [sys.executable, "-m", "mft_lightning", *words]
+    return subprocess.run(line, cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def fit_arguments(tiny_model: Path, example_tasks: list[str]) -> Callable[..., list[str]]:
+    """``fit_arguments(output_dir, "--trainer.max_steps", "8", config="lora.yaml")``: a quick run on the examples."""
+
+    def arguments(output_dir: Path, *words: str, config: str = "full.yaml") -> list[str]:
+        quick = {
+            "--config": str(ROOT / "configs" / config),
+            "--output_dir": str(output_dir),
+            "--data.data_paths": f"[{','.join(example_tasks)}]",
+            "--model.pretrained_model_path": str(tiny_model),
+            "--model.learning_rate": "1e-2",
+            "--model.num_warmup_steps": "2",
+            "--data.num_workers": "0",
+            "--data.total_train_batch_size": "16",
+            "--trainer.max_epochs": "null",
+            "--trainer.max_steps": "8",
+            "--trainer.log_every_n_steps": "1",
+            "--evaluation.steps": "4",
+            "--evaluation.max_conversations_per_task": "6",
+            "--checkpoint.checkpointing_steps": "4",
+        }
+        if config == "lora.yaml":
+            quick["--model.lora.r"] = "4"
+        return [*(word for pair in quick.items() for word in pair), *words]
+
+    return arguments
+
+
+@pytest.fixture
+def fit(fit_arguments: Callable[..., list[str]]) -> Callable[..., Path]:
+    """Run ``fit`` in this process, which must succeed."""
+
+    def run(output_dir: Path, *words: str, config: str = "full.yaml") -> Path:
+        assert main(["fit", *fit_arguments(output_dir, *words, config=config)]) == 0
+        return output_dir
+
+    return run
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in checkpoint.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    ours, theirs = weights(first), weights(second)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def metrics(output_dir: Path) -> list[dict[str, str]]:
+    """The rows of ``metrics.csv`` without what depends on the clock."""
+    with (output_dir / "metrics.csv").open(newline="") as handle:
+        return [{key: value for key, value in row.items() if key != TIMED} for row in csv.DictReader(handle)]
+
+
+def checkpoints(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in output_dir.glob("step-*"))

@@ -1,0 +1,99 @@
+"""A checkpoint is a Hugging Face directory: it opens with no code of this project, and it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mft_lightning.cli import main
+from mft_lightning.model.build import ModelSource, build_causal_lm
+from tests.integration.conftest import command, weights
+
+PROMPT = "Write a function `lower_size` that takes a size and subtracts 3 from it if it is below 7."
+
+
+def opened(checkpoint: Path) -> torch.nn.Module:
+    """As a stranger opens it."""
+    if (checkpoint / "adapter_config.json").is_file():
+        base = AutoModelForCausalLM.from_pretrained(checkpoint.parent / "base")
+        return PeftModel.from_pretrained(base, checkpoint).eval()
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+
+
+@pytest.mark.parametrize("config", ["full.yaml", "lora.yaml"])
+def test_it_opens_with_transformers_and_answers_as_generate_does(
+    fit: Callable[..., Path], tmp_path: Path, config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(tmp_path / "run", config=config)
+    checkpoint = run / "step-00000008"
+    model, tokenizer = opened(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "human", "content": PROMPT}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    expected = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    capsys.readouterr()
+    asked = ["generate", "--model", str(checkpoint), "--prompt", PROMPT, "--system", "Be brief."]
+    assert main([*asked, "--max_new_tokens", "12"]) == 0
+    assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_sampling_repeats_with_its_seed_and_differs_with_another(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2")
+    answers = []
+    for seed in ("1", "1", "2"):
+        capsys.readouterr()
+        asked = ["generate", "--model", str(run / "step-00000002"), "--prompt", PROMPT, "--max_new_tokens", "16"]
+        assert main([*asked, "--temperature", "1.0", "--top_p", "0.95", "--seed", seed]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_generate_is_a_command_that_prints_the_answer_alone(fit: Callable[..., Path], tmp_path: Path) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2", config="lora.yaml")
+    result = command("generate", "--model", str(run / "step-00000002"), "--prompt", PROMPT, "--max_new_tokens", "5")
+    assert result.returncode == 0 and result.stdout.strip() and not result.stderr
+
+
+def test_a_lora_checkpoint_holds_the_adapter_alone_over_an_untouched_base(
+    fit: Callable[..., Path], tmp_path: Path, tiny_model: Path
+) -> None:
+    run = fit(tmp_path / "run", config="lora.yaml")
+    saved = weights(run / "step-00000008")
+    assert saved and all("lora_" in name for name in saved)
+    assert not (run / "step-00000008" / "model.safetensors").exists()
+    drawn = ModelSource(
+        path=str(tiny_model),
+        init="random",
+        model_type="gpt_neox",
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        trust_remote_code=False,
+        seed=42,
+    )
+    base = AutoModelForCausalLM.from_pretrained(run / "base").state_dict()
+    assert all(torch.equal(base[name], tensor) for name, tensor in build_causal_lm(drawn).state_dict().items())
+    moved = [name for name, tensor in saved.items() if "lora_B" in name and tensor.any()]
+    assert len(moved) == sum("lora_B" in name for name in saved)
+
+
+def test_a_trained_checkpoint_is_a_base_for_the_next_run(fit: Callable[..., Path], tmp_path: Path) -> None:
+    first = fit(tmp_path / "first", "--trainer.max_steps", "2") / "step-00000002"
+    pretrained = ("--model.pretrained_model_path", str(first), "--model.init", "pretrained")
+    second = fit(tmp_path / "second", *pretrained, "--trainer.max_steps", "2", config="lora.yaml")
+    adapter = second / "step-00000002"
+    assert not (second / "base").exists()
+    assert f'"base_model_name_or_path": "{first}"' in (adapter / "adapter_config.json").read_text()
+    assert main(["generate", "--model", str(adapter), "--prompt", "hello", "--max_new_tokens", "2"]) == 0
+
+
+def test_the_trainer_state_loads_without_unpickling_code(fit: Callable[..., Path], tmp_path: Path) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2")
+    state = torch.load(run / "step-00000002" / "trainer.pt", weights_only=True)
+    assert state["global_step"] == 2 and "state_dict" not in state and state["optimizer_states"]

@@ -1,0 +1,150 @@
+"""Bad input ends with one clear message and exit code 1, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mft_lightning.cli import main
+from tests.integration.conftest import command
+
+GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], output_dir: Path) -> str:
+    capsys.readouterr()
+    assert main(["fit", *arguments]) == 1
+    assert not output_dir.exists()
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") <= 12 and "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--data.data_paths", "[gone]"), "gone is not a directory"),
+        (("--data.data_split", "95,5"), "data.data_split: '95,5' is not three percentages"),
+        (("--data.data_split", "100,0,0"), "no conversation to evaluate (valid)"),
+        (("--data.seq_lenght", "5"), "data.seq_lenght: there is no such key. The nearest is data.seq_length."),
+        (("--learning_rate", "1"), "learning_rate: there is no such key. The nearest is model.learning_rate."),
+        (("--data.seq_length", "many"), "data.seq_length"),
+        (("--model.peft_type", "lorra"), "model.peft_type"),
+        (("--data.gradient_accumulation_steps", "3"), "data.gradient_accumulation_steps is 3"),
+        (("--data.total_train_batch_size", "0"), "data.total_train_batch_size: 0"),
+        (("--trainer.accumulate_grad_batches", "2"), "Use data.gradient_accumulation_steps"),
+        (("--trainer.val_check_interval", "2"), "Use evaluation.steps"),
+        (("--trainer.max_steps", "-1"), "trainer.max_epochs: give it or trainer.max_steps"),
+        (("--trainer.precision", "16-true"), "trainer.precision: 16-true is none of"),
+        (("--trainer.strategy", "ddp"), "not supported yet"),
+        (("--trainer.devices", "2"), "not supported yet"),
+        (("--parallel.tensor_parallel_size", "2"), "parallel.tensor_parallel_size: 2 is not supported yet"),
+        (("--checkpoint.sharded", "true"), "checkpoint.sharded: True is not supported yet"),
+        (("--checkpoint.trainer_state", "latest"), "not supported yet"),
+        (("--data.padding_mode", "concat"), "data.padding_mode: 'concat' is not supported yet"),
+        (("--data.cache_dir", "x"), "data.cache_dir: 'x' is not supported yet"),
+        (("--data.total_train_batch_tokens", "9"), "not supported yet"),
+        (("--data.task_sampling", "{temperature: 2}"), "data.task_sampling"),
+        (("--data.role_tokens", "added"), "not supported yet"),
+        (("--model.peft_type", "qlora"), "'qlora' is not supported yet"),
+        (("--model.weighted_loss_mode", "coba"), "'coba' is not supported yet"),
+        (("--model.pretrained_model_path", "./gone"), "no such directory: ./gone"),
+        (("--model.init", "pretrained"), "For a model without weights set model.init: random"),
+        (("--model.min_lr", "1"), "model.min_lr"),
+        (("--data.eos_token", "</s>"), "data.eos_token: '</s>' is not a token"),
+        (("--data.task_weights", "[1, 2]"), "data.task_weights"),
+        (("--checkpoint.monitor", "val/los"), "checkpoint.monitor: 'val/los' is none of val/loss"),
+        (("--early_stopping.patience", "2", "--evaluation.strategy", "none"), "early_stopping.patience"),
+        (("--evaluation.exclude_tasks", "[cooking]"), "evaluation.exclude_tasks"),
+        (("--ckpt_path", "best"), "--ckpt_path best: no checkpoint"),
+        (("--ckpt_path", "gone"), "--ckpt_path gone: is no directory"),
+        (("--seed_everything", "true"), "seed_everything"),
+        (("--trainer.accelerator", "tpu"), "trainer: "),
+    ],
+)
+def test_a_setting_that_cannot_work(
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    assert message in refused(capsys, fit_arguments(tmp_path / "run", *words), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([GOOD, '{"prompt": "cut o'], "part.jsonl:2: is not valid JSON"),
+        ([GOOD, "", {"prompt": "no answer"}], "part.jsonl:3: answer: is missing"),
+        ([{"chat_rounds": [{"role": "narrator", "content": "x"}]}], "part.jsonl:1: chat_rounds[0].role: 'narrator'"),
+        (["[1, 2]"], "part.jsonl:1: is a JSON list, not an object"),
+        ([{"text": "plain"}], "part.jsonl:1: text: has no bot turn"),
+        ([""], "is empty"),
+    ],
+)
+def test_a_bad_line_is_named(
+    fit_arguments: Callable[..., list[str]],
+    write_task: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    records: list[object],
+    message: str,
+) -> None:
+    words = ("--data.data_paths", f"[{write_task('broken', records)}]")
+    assert message in refused(capsys, fit_arguments(tmp_path / "run", *words), tmp_path / "run")
+
+
+def test_bad_lines_are_counted_when_skipped(
+    fit: Callable[..., Path], write_task: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records: list[object] = [{"prompt": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(40)]
+    records[7], records[9] = "not json", {"prompt": "x" * 5000, "answer": "too long"}
+    words = ("--data.on_bad_record", "skip", "--trainer.max_steps", "1")
+    fit(tmp_path / "run", "--data.data_paths", f"[{write_task('sums', records)}]", *words)
+    printed = capsys.readouterr().out
+    assert "1 invalid-json, 1 overlong" in printed and "part.jsonl:8" in printed and "part.jsonl:10" in printed
+
+
+def test_no_causal_lm(
+    fit_arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    model = tmp_path / "classifier"
+    model.mkdir()
+    for file in tiny_model.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    about = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(about | {"architectures": ["GPTNeoXForSequenceClassification"]}))
+    words = ("--model.pretrained_model_path", str(model))
+    assert "no causal language model" in refused(capsys, fit_arguments(tmp_path / "run", *words), tmp_path / "run")
+
+
+def test_an_output_directory_that_holds_a_run(
+    fit: Callable[..., Path],
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "1")
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    assert main(["fit", *fit_arguments(run)]) == 1
+    message = capsys.readouterr().err
+    assert "--ckpt_path last" in message and "--output_dir" in message
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+def test_the_process_exits_with_1_and_one_message() -> None:
+    result = command("fit", "--config", "lora.yaml", "--data.seq_lenght", "5")
+    assert result.returncode == 1
+    assert result.stderr == "error: data.seq_lenght: there is no such key. The nearest is data.seq_length.\n"
+    assert command("merge", "--adapter", "x").returncode == 1
+    assert command("no-such-command").returncode == 1
+    assert command("generate", "--model", "gone", "--prompt", "x").returncode == 1
+
+
+def test_verbose_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "lora.yaml", "--data.data_paths", "[gone]", "--verbose"]) == 1
+    assert "Traceback" in capsys.readouterr().err

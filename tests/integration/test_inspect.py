@@ -1,0 +1,63 @@
+"""``inspect`` shows every record of every split as training will see it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from mft_lightning.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def inspected(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> list[dict[str, object]]:
+    capsys.readouterr()
+    assert main(["inspect", "--config", str(ROOT / "configs" / "full.yaml"), "--json", *words]) == code
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_every_record_of_every_split_once(
+    capsys: pytest.CaptureFixture[str], example_tasks: list[str], tiny_model: Path
+) -> None:
+    words = ("--data.data_paths", str(example_tasks), "--model.pretrained_model_path", str(tiny_model))
+    found = inspected(capsys, *words, "--data.data_split", "80,10,10")
+    assert Counter(record["split"] for record in found) == {"train": 992, "valid": 124, "test": 124}
+    assert len({(record["file"], record["line"]) for record in found}) == len(found) == 1240
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for record in found[::97]:
+        assert record["task"] in record["file"] and "reason" not in record
+        assert tokenizer.decode(record["input_ids"]) == record["text"]
+        line = Path(record["file"]).read_text().splitlines()[record["line"] - 1]
+        answers = [turn["content"] for turn in json.loads(line)["chat_rounds"] if turn["role"] == "bot"]
+        learned = [i for i, s in zip(record["input_ids"], record["supervised"], strict=True) if s]
+        assert tokenizer.decode(learned) == "".join(answer + "<|endoftext|>" for answer in answers)
+
+
+def test_dropped_records_are_shown_with_the_reason_and_bad_ones_end_with_an_error(
+    capsys: pytest.CaptureFixture[str], write_task: Callable[..., str]
+) -> None:
+    records = [
+        {"prompt": "a", "answer": "b"},
+        {"prompt": "a" * 3000, "answer": "b"},
+        {"messages": [{"role": "user", "content": "hi"}]},
+    ]
+    words = ("--data.data_paths", f"[{write_task('mixed', records)}]")
+    found = inspected(capsys, *words, code=1)
+    assert sorted((record["line"], record.get("reason")) for record in found) == [
+        (1, None),
+        (2, "overlong"),
+        (3, "no-bot-turn"),
+    ]
+    assert inspected(capsys, *words, "--data.on_bad_record", "skip") == found
+    assert len(inspected(capsys, *words, "--data.on_bad_record", "skip", "--limit", "2")) == 2
+
+
+def test_the_table_and_some_conversations(capsys: pytest.CaptureFixture[str], example_tasks: list[str]) -> None:
+    assert main(["inspect", "--config", "full.yaml", "--data.data_paths", str(example_tasks), "--limit", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "unit_tests" in printed and "[[def " in printed and printed.count("--- text_to_code") == 2

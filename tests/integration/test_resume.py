@@ -1,0 +1,149 @@
+"""A resumed run ends with the same bits as one that was never stopped, in the same files."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mft_lightning.cli import main
+from tests.integration.conftest import ROOT, checkpoints, command, metrics, same_weights, user_environment
+
+EPOCH_OF_FOUR = ("--data.total_train_batch_size", "300", "--data.per_device_train_batch_size", "75")
+KEEP_ALL = ("--checkpoint.save_total_limit", "null", "--evaluation.steps", "3", "--checkpoint.checkpointing_steps", "2")
+
+
+@pytest.mark.parametrize("config", ["full.yaml", "lora.yaml"])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_resume_from_any_checkpoint_is_bit_exact(
+    fit: Callable[..., Path], tmp_path: Path, config: str, workers: str
+) -> None:
+    """Within an epoch, at its end, with and without a validation at that step; LoRA's dropout is on."""
+    words = (*EPOCH_OF_FOUR, *KEEP_ALL, "--trainer.max_steps", "10", "--data.num_workers", workers)
+    whole = fit(tmp_path / "whole", *words, config=config)
+    assert checkpoints(whole) == [f"step-{step:08d}" for step in (2, 3, 4, 6, 8, 9, 10)]
+    for step in (2, 3, 4, 6, 8) if workers == "0" else (6,):
+        start = whole / f"step-{step:08d}"
+        part = tmp_path / f"from-{step}"
+        fit(part, *words, "--ckpt_path", str(start), config=config)
+        assert same_weights(part / "step-00000010", whole / "step-00000010"), step
+        assert [row for row in metrics(whole) if int(row["step"]) > step] == metrics(part)
+        ours, theirs = (torch.load(run / "step-00000010" / "trainer.pt", weights_only=True) for run in (part, whole))
+        assert str(ours["optimizer_states"]) == str(theirs["optimizer_states"])
+
+
+def test_resume_goes_on_in_the_same_curves_and_moves_newer_checkpoints_aside(
+    fit: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = fit(tmp_path / "run", *KEEP_ALL)
+    before = metrics(run)
+    fit(run, *KEEP_ALL, "--ckpt_path", str(run / "step-00000004"))
+    assert metrics(run) == before
+    assert same_weights(run / "step-00000008", run / "superseded" / "step-00000008")
+    events = EventAccumulator(str(run / "runs"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
+    assert [event.step for event in events.Scalars("val/loss")] == [0, 3, 6, 8]
+
+
+def test_last_goes_on_to_a_later_end_within_an_epoch(fit: Callable[..., Path], tmp_path: Path) -> None:
+    """A run that max_steps ended in the middle of an epoch goes on with the batches that are left of it."""
+    constant = (*EPOCH_OF_FOUR, "--model.lr_scheduler_type", "constant")
+    whole = fit(tmp_path / "whole", *constant, "--trainer.max_steps", "9")
+    part = fit(tmp_path / "part", *constant, "--trainer.max_steps", "3")
+    fit(part, *constant, "--trainer.max_steps", "9", "--ckpt_path", "last")
+    assert same_weights(part / "step-00000009", whole / "step-00000009")
+
+
+def test_epochs_resume_too(fit: Callable[..., Path], tmp_path: Path) -> None:
+    words = (*EPOCH_OF_FOUR, *KEEP_ALL, "--trainer.max_steps", "-1", "--trainer.max_epochs", "2")
+    whole = fit(tmp_path / "whole", *words)
+    assert checkpoints(whole)[-1] == "step-00000008"
+    for step in (2, 4, 6):
+        part = fit(tmp_path / f"from-{step}", *words, "--ckpt_path", str(whole / f"step-{step:08d}"))
+        assert same_weights(part / "step-00000008", whole / "step-00000008")
+
+
+def test_best_is_remembered_across_a_resume(fit: Callable[..., Path], tmp_path: Path) -> None:
+    """The earlier part's best is kept and found, although the later part only gets worse."""
+    run = fit(tmp_path / "run", "--trainer.max_steps", "4", "--model.lr_scheduler_type", "constant")
+    worse = (
+        "--model.learning_rate",
+        "3",
+        "--model.lr_scheduler_type",
+        "constant",
+        "--trainer.gradient_clip_val",
+        "null",
+    )
+    fit(run, *worse, "--trainer.max_steps", "12", "--ckpt_path", "best")
+    assert checkpoints(run) == ["step-00000004", "step-00000012"]
+
+
+def test_last_without_a_checkpoint_starts_at_zero_and_says_so(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "2")
+    assert "starting at step 0" in capsys.readouterr().out
+    assert checkpoints(run) == ["step-00000002"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--data.total_train_batch_size", "32"), "data.total_train_batch_size was 16, is 32"),
+        (("--seed_everything", "7"), "seed_everything was 42, is 7"),
+        (("--data.seq_length", "125"), "training conversations was"),
+        (("--model.peft_type", "lora"), "holds no adapter"),
+    ],
+)
+def test_resuming_something_else_is_refused(
+    fit: Callable[..., Path],
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2")
+    kept = metrics(run)
+    assert main(["fit", *fit_arguments(run, *words, "--ckpt_path", "last")]) == 1
+    assert message in capsys.readouterr().err
+    assert metrics(run) == kept and checkpoints(run) == ["step-00000002"]
+
+
+def test_sigterm_ends_with_a_validation_and_a_checkpoint(
+    fit_arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = (
+        "--trainer.max_steps",
+        "100000",
+        "--evaluation.steps",
+        "100000",
+        "--checkpoint.checkpointing_steps",
+        "100000",
+    )
+    line = [sys.executable, "-m", "mft_lightning", "fit", *fit_arguments(run, *words)]
+    with subprocess.Popen(line, cwd=ROOT, env=user_environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for text in process.stdout:
+            if text.startswith("step 3/"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert process.returncode == 128 + signal.SIGTERM, rest
+    (name,) = checkpoints(run)
+    assert metrics(run)[-1]["val/loss"] and int(metrics(run)[-1]["step"]) == int(name.removeprefix("step-"))
+    more = str(int(name.removeprefix("step-")) + 2)
+    result = command("fit", *fit_arguments(run, "--trainer.max_steps", more, "--ckpt_path", "last"))
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,83 @@
+"""Schedules warm up to the peak and end at the floor; biases and norms do not decay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.model.module import MFTModule
+from mft_lightning.model.optim import SCHEDULERS, learning_rate_factor, parameter_groups
+
+CONSTANT = ("constant", "constant_with_warmup")
+
+
+@given(
+    scheduler=st.sampled_from(SCHEDULERS),
+    warmup=st.integers(0, 40),
+    decay=st.integers(1, 200),
+    floor=st.floats(0, 1),
+    power=st.floats(0.5, 3),
+    cycles=st.integers(1, 4),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_schedule_rises_to_the_peak_and_ends_at_the_floor(
+    scheduler: str, warmup: int, decay: int, floor: float, power: float, cycles: int
+) -> None:
+    total = warmup + decay
+    factor = learning_rate_factor(
+        scheduler, warmup_steps=warmup, total_steps=total, min_ratio=floor, power=power, num_cycles=cycles
+    )
+    rates = [factor(finished) for finished in range(total)]
+    assert all(0 < rate <= 1 for rate in rates[:-1]) and rates[-1] <= 1
+    assert rates[:warmup] == sorted(rates[:warmup])
+    if warmup:
+        assert rates[warmup - 1] == 1.0
+    assert rates[-1] == pytest.approx(1.0 if scheduler in CONSTANT else floor)
+    if scheduler != "cosine_with_restarts":
+        assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert min(rates[warmup:]) >= floor - 1e-12
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "reference"),
+    [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
+)
+def test_decay_is_that_of_transformers(scheduler: str, reference: object) -> None:
+    """The same curve; ours is read one step later, so that the first step learns and the last is at the floor."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = reference(optimizer, 5, 30)
+    ours = learning_rate_factor(scheduler, warmup_steps=5, total_steps=30)
+    for finished in range(30):
+        optimizer.step()
+        theirs.step()
+        assert ours(finished) == pytest.approx(theirs.get_last_lr()[0])
+
+
+def test_restarts_return_to_the_peak() -> None:
+    factor = learning_rate_factor("cosine_with_restarts", warmup_steps=0, total_steps=100, num_cycles=2)
+    rates = [factor(finished) for finished in range(100)]
+    assert rates[48] < 0.01 and rates[49] == 1.0 and rates[99] == 0.0
+
+
+def test_log_warmup_rises_faster_than_linear() -> None:
+    log = learning_rate_factor("log_warmup_linear_decay", warmup_steps=100, total_steps=200)
+    linear = learning_rate_factor("linear", warmup_steps=100, total_steps=200)
+    assert all(log(u) > linear(u) for u in range(99)) and log(99) == linear(99) == 1.0
+    assert log(150) == linear(150)
+
+
+def test_biases_and_norms_do_not_decay(tiny_model: Path, example_tasks: list[str]) -> None:
+    datamodule = MFTDataModule(data_paths=example_tasks, tokenizer_path=str(tiny_model))
+    network = MFTModule(pretrained_model_path=str(tiny_model), init="random").build(datamodule)
+    names = {id(p): name for name, p in network.named_parameters()}
+    decaying, still = parameter_groups(network, 0.1)
+    assert decaying["weight_decay"] == 0.1 and still["weight_decay"] == 0.0
+    assert all(names[id(p)].endswith("bias") or "norm" in names[id(p)] for p in still["params"])
+    assert not any(names[id(p)].endswith("bias") or "norm" in names[id(p)] for p in decaying["params"])
+    assert len(decaying["params"]) + len(still["params"]) == len(names)
