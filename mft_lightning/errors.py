@@ -5,6 +5,12 @@ class UserError(Exception):
     """Bad input or a setting that cannot work. The command line prints the message alone and exits with 1."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, or the error's kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class NotYetError(UserError):
     """A setting whose place is known but which this version does not carry out. It is refused, never ignored."""
 

@@ -1,4 +1,4 @@
-"""Library chatter that says nothing about the user's run. Warnings that might are kept."""
+"""Library chatter that says nothing about the user's run. Warnings, and reports a user asked for, are kept."""
 
 import logging
 import warnings
@@ -10,12 +10,29 @@ _WARNINGS = (
     r"`is_gradient_checkpointing` is deprecated.*",  # peft 0.21 asks transformers 5.23 by the old name
     r".*does not have many workers which may be a bottleneck.*",  # the plan's batches are cut from memory
 )
+_ANNOUNCEMENTS = (
+    "Seed set to",
+    "GPU available",
+    "TPU available",
+    "\N{ELECTRIC LIGHT BULB} Tip",
+    "`Trainer",
+    "`weights_only` was not set",
+    "Restor",
+    "Loaded model weights",
+    "LOCAL_RANK",
+)
 
 
 def quieten() -> None:
-    """Leave out Lightning's announcements and transformers' bars for files."""
+    """Leave out Lightning's announcements of what this program says itself, and transformers' bars for files."""
     for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        for handler in logging.getLogger(name).handlers:
+            if _is_news not in handler.filters:
+                handler.addFilter(_is_news)
     transformers.utils.logging.disable_progress_bar()
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().lstrip().startswith(_ANNOUNCEMENTS)

@@ -114,14 +114,15 @@ class RunConfig(LightningCLI):
         return Path(given).expanduser().absolute() if given else self.output_dir / "runs"
 
     def save(self, file: Path) -> None:
-        """Write all keys of the run as YAML that ``--config`` takes again."""
-        text = self.parser.dump(self.config, skip_unset=False, skip_link_targets=True)
-        file.write_text(text)
+        """Write all keys of the run as YAML that ``--config`` takes again, with the output directory spelt out."""
+        config = self.config.clone()
+        config.output_dir, config.ckpt_path = str(self.output_dir), None
+        file.write_text(self.parser.dump(config, skip_unset=False, skip_link_targets=True))
 
 
 def _seed(value: bool | int) -> int:
-    if isinstance(value, bool) or value < 0:
-        raise UserError(f"seed_everything: {value} is no number from 0 on; a run is made again from it.")
+    if isinstance(value, bool) or not 0 <= value < 2**32:
+        raise UserError(f"seed_everything: {value} is no number from 0 to 2^32 - 1; a run is made again from it.")
     return value
 
 

@@ -15,7 +15,9 @@ def shipped_config(name: str) -> str:
 
 
 def shipped_example(path: str) -> str:
-    """A path below ``examples/`` that is not here is looked up in the shipped ``examples/``; others stay."""
+    """A path below ``examples/`` that is not here is looked up in the shipped ``examples/``; ``~`` is the home."""
+    if path.startswith("~"):
+        return str(Path(path).expanduser())
     if Path(path).exists() or Path(path).parts[:1] != ("examples",):
         return path
     candidate = ROOT / path

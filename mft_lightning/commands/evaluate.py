@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from mft_lightning.errors import UserError
+from mft_lightning.model.module import FROZEN_BASE
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
-from mft_lightning.training.checkpoint_dirs import resolve_checkpoint
+from mft_lightning.training.checkpoint_dirs import check_same_run, resolve_checkpoint
+from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.trainer import evaluation_trainer, refuse_several_ranks
 
 
@@ -33,7 +35,11 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
     datamodule.setup(command)
     datamodule.check_evaluation(split)
     module.build(datamodule, random_base=str(config.output_dir / "base"))
-    trainer = evaluation_trainer(config.trainer_keys(config.config_init), module, config.output_dir)
+    checkpoint_io = HFCheckpointIO(module)
+    if checkpoint is not None:
+        checkpoint_io.preload(checkpoint.path)
+        check_same_run(checkpoint.path, {FROZEN_BASE: module.base_digest})
+    trainer = evaluation_trainer(config.trainer_keys(config.config_init), checkpoint_io, config.output_dir)
     refuse_several_ranks(trainer)
     run = trainer.validate if command == "validate" else trainer.test
     run(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping
 
 from mft_lightning.commands.report import run_plan, run_summary
 from mft_lightning.data.datamodule import MFTDataModule
@@ -14,17 +16,23 @@ from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.training.callbacks import GracefulStop
-from mft_lightning.training.checkpoint_dirs import CheckpointInfo, find_checkpoints, resolve_checkpoint
+from mft_lightning.training.checkpoint_dirs import (
+    CheckpointInfo,
+    check_same_run,
+    find_checkpoints,
+    resolve_checkpoint,
+)
+from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.trainer import fit_trainer, refuse_several_ranks
 
 
 class WriteConfig(L.Callback):
-    """Writes the run's keys to ``config.yaml`` once everything else stands."""
+    """Writes the run's keys to ``config.yaml`` when training starts."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.config.output_dir.mkdir(parents=True, exist_ok=True)
             self.config.save(self.config.output_dir / "config.yaml")
@@ -35,19 +43,23 @@ def fit(argv: list[str]) -> None:
     quieten()
     config = RunConfig(argv, "fit")
     keys = config.trainer_keys(config.config_init)
+    module, datamodule, settings = config.model, config.datamodule, config.settings
+    _check_writable(config.output_dir)
+    _check_writable(config.tensorboard_dir)
     resumed = _resumed(config)
-    module, datamodule = config.model, config.datamodule
     module.check(datamodule)
     datamodule.setup("fit")
-    if config.settings.evaluation.enabled:
-        datamodule.check_evaluation("valid")
-        _check_monitor(config.settings.checkpoint.monitor, datamodule)
+    _check_evaluation(config, datamodule)
     module.build(datamodule, random_base=str(config.output_dir / "base"))
+    checkpoint_io = HFCheckpointIO(module)
+    if resumed is not None:
+        checkpoint_io.preload(resumed.path)
+        check_same_run(resumed.path, module.fingerprint(datamodule))
     stop = GracefulStop()
     trainer = fit_trainer(
         keys,
-        config.settings,
-        module,
+        settings,
+        checkpoint_io,
         seed=cast(int, config.config.seed_everything),
         output_dir=config.output_dir,
         tensorboard_dir=config.tensorboard_dir,
@@ -58,13 +70,27 @@ def fit(argv: list[str]) -> None:
     refuse_several_ranks(trainer)
     print(run_plan(trainer, module, datamodule, config.output_dir, resumed), flush=True)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)
-    print(run_summary(config.output_dir, config.tensorboard_dir, config.settings.checkpoint), flush=True)
+    if resumed is not None and trainer.global_step == resumed.step:
+        print("nothing to do: the run is at its end; raise trainer.max_steps or trainer.max_epochs to go on")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set in one of its connectors
+        if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
+            print(f"stopped early: {callback.monitor} has not improved for {callback.patience} validation(s)")
+    print(run_summary(config.output_dir, config.tensorboard_dir, settings.checkpoint), flush=True)
     if stop.received:
         print("stopped by SIGTERM; go on with the same command and --ckpt_path last", flush=True)
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def _check_monitor(monitor: str, datamodule: MFTDataModule) -> None:
+def _check_evaluation(config: RunConfig, datamodule: MFTDataModule) -> None:
+    """What validation is asked for must be possible."""
+    settings = config.settings
+    monitor = settings.checkpoint.monitor
+    if not settings.evaluation.enabled:
+        if settings.early_stopping.patience != -1 or monitor != "val/loss":
+            key = "checkpoint.monitor" if monitor != "val/loss" else "early_stopping.patience"
+            raise UserError(f"{key}: needs validations, but evaluation.strategy is none.")
+        return
+    datamodule.check_evaluation("valid")
     evaluated = [name for name in datamodule.task_names if name not in datamodule.exclude_tasks]
     each = [f"val/{kind}/{name}" for kind in ("loss", "perplexity", "accuracy") for name in evaluated]
     if monitor not in ("val/loss", *each):
@@ -75,20 +101,30 @@ def _resumed(config: RunConfig) -> CheckpointInfo | None:
     """The checkpoint to go on from, if any; refuses to mix two runs in one directory."""
     output_dir, checkpoint = config.output_dir, config.settings.checkpoint
     given: Any = config.config.ckpt_path
+    resumed = None
     if given is not None:
         resumed = resolve_checkpoint(given, output_dir, checkpoint.monitor, checkpoint.mode)
         if resumed is None:
             print(f"--ckpt_path last: no checkpoint in {output_dir} yet; starting at step 0.", flush=True)
-        return resumed
+        if resumed is None or output_dir.resolve() in resumed.path.resolve().parents:
+            return resumed
     if _holds_run(output_dir):
         raise UserError(
             f"output_dir: {output_dir} holds a run already. Go on with it by --ckpt_path last, or start another one "
             "with --output_dir DIR."
         )
-    return None
+    if any(config.tensorboard_dir.glob("events.out.tfevents.*")):
+        raise UserError(f"tensorboard_dir: {config.tensorboard_dir} holds another run's curves. Give another one.")
+    return resumed
 
 
 def _holds_run(directory: Path) -> bool:
     return bool(find_checkpoints(directory)) or any(
         (directory / name).exists() for name in ("config.yaml", "metrics.csv", "runs", "base")
     )
+
+
+def _check_writable(directory: Path) -> None:
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"output_dir: {directory} cannot be written: {existing} is no directory one can write to.")

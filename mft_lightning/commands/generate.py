@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.records import Turn
 from mft_lightning.data.tokenizer import load_tokenizer
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.build import adapter_base, is_adapter
 from mft_lightning.quiet import quieten
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata
@@ -41,7 +42,7 @@ def generate(argv: list[str]) -> None:
         raise UserError(str(error)) from error
     if options.temperature < 0 or not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_new_tokens < 1:
         raise UserError("generate: temperature and top_k are at least 0, top_p in (0, 1], max_new_tokens at least 1.")
-    directory = Path(options.model)
+    directory = Path(options.model).expanduser()
     model, tokenizer, chat_format = load_for_generation(directory)
     turns = [Turn("system", options.system)] if options.system is not None else []
     sampling = {"do_sample": False}
@@ -54,7 +55,10 @@ def generate(argv: list[str]) -> None:
         }
     torch.manual_seed(options.seed)
     ids = torch.tensor([chat_format.encode_prompt([*turns, Turn("human", options.prompt)])])
-    model = model.to(options.device)
+    try:
+        model = model.to(options.device)
+    except RuntimeError as error:
+        raise UserError(f"--device {options.device}: {first_line(error)}") from error
     output = model.generate(
         input_ids=ids.to(options.device),
         attention_mask=torch.ones_like(ids).to(options.device),
@@ -63,7 +67,18 @@ def generate(argv: list[str]) -> None:
         eos_token_id=tokenizer.eos_token_id,
         **sampling,
     )
-    print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    print(chat_format.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True))
+
+
+def _base_of(directory: Path) -> str:
+    """The base that an adapter names; of a moved run with a random base, the one that moved along."""
+    named, beside = adapter_base(directory), directory.parent / "base"
+    if not Path(named).is_absolute() or Path(named).is_dir():
+        return named
+    if Path(named).name == "base" and beside.is_dir():
+        print(f"note: the adapter's base {named} is gone; using {beside}", file=sys.stderr)
+        return str(beside)
+    raise UserError(f"--model {directory}: its adapter was trained on {named}, which is not there.")
 
 
 def load_for_generation(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, ChatFormat]:
@@ -79,13 +94,12 @@ def load_for_generation(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, 
     model: Any
     try:
         if is_adapter(directory):
-            base = adapter_base(directory)
+            base = _base_of(directory)
             model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), directory)
         else:
             model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
     except (OSError, ValueError, SafetensorError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"--model {directory}: cannot be loaded ({first}).") from error
+        raise UserError(f"--model {directory}: cannot be loaded ({first_line(error)}).") from error
     tokenizer = load_tokenizer(str(directory))
     normalize = False
     if (directory / METADATA).is_file():

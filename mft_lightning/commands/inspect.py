@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 from mft_lightning.commands.report import task_table
@@ -17,6 +17,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 
+_LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}  # an object stays one line everywhere
 DEFAULT_SHOWN = 3  # conversations of each task and split, without --limit and --json
 EXTRA: dict[str, dict[str, Any]] = {
     "json": {"action": "store_true", "help": "One JSON object for every record of every split."},
@@ -57,6 +58,9 @@ def records(datamodule: MFTDataModule) -> Iterator[tuple[str, str, Record]]:
 
 def as_object(datamodule: MFTDataModule, split: str, task: str, record: Record) -> dict[str, Any]:
     """The JSON object of a record; ``reason`` and ``detail`` are there only if it is dropped."""
+    text = datamodule.chat_format.render(record.conversation) if record.conversation else None
+    if record.truncated and record.encoded:
+        text = datamodule.chat_format.decode(record.encoded.input_ids)
     found: dict[str, Any] = {
         "task": task,
         "split": split,
@@ -64,7 +68,7 @@ def as_object(datamodule: MFTDataModule, split: str, task: str, record: Record) 
         "line": record.line.number,
         "input_ids": record.encoded.input_ids if record.encoded else [],
         "supervised": record.encoded.supervised if record.encoded else [],
-        "text": datamodule.chat_format.render(record.conversation) if record.conversation else None,
+        "text": text,
     }
     if record.truncated:
         found["truncated"] = True
@@ -76,7 +80,8 @@ def as_object(datamodule: MFTDataModule, split: str, task: str, record: Record) 
 def _print_json(datamodule: MFTDataModule, limit: int | None) -> None:
     refused: UserError | None = None
     for split, task, record in islice(records(datamodule), limit):
-        print(json.dumps(as_object(datamodule, split, task, record), ensure_ascii=False))
+        line = json.dumps(as_object(datamodule, split, task, record), ensure_ascii=False)
+        print(line.translate(_LINE_BREAKS))
         try:
             refuse(record, datamodule.policy)
         except UserError as error:
@@ -90,6 +95,8 @@ def _print_table(datamodule: MFTDataModule, limit: int | None) -> None:
     datamodule.setup()
     for line in task_table([*datamodule.reports, *datamodule.valid_reports]):
         print(line)
+    for task, (count, differing) in _otherwise(datamodule).items():
+        print(f"  {task}: {differing} of {count} conversations would be encoded otherwise as one string")
     print("\nsupervised text stands in [[double brackets]]")
     shown: dict[tuple[str, str], int] = {}
     for split, task, record in islice((r for r in records(datamodule) if r[2].reason is None), limit):
@@ -101,8 +108,23 @@ def _print_table(datamodule: MFTDataModule, limit: int | None) -> None:
         print(_marked(datamodule, record))
 
 
+def _otherwise(datamodule: MFTDataModule) -> dict[str, tuple[int, int]]:
+    """Of each task: its conversations, and how many a one-string tokenisation would encode otherwise."""
+    found = {task.name: (0, 0) for task in datamodule.tasks}
+    for _, task, record in records(datamodule):
+        if record.conversation is not None:
+            same = datamodule.chat_format.encodes_as_one_string([record.conversation])[0]
+            count, differing = found[task]
+            found[task] = (count + 1, differing + (not same))
+    return found
+
+
 def _marked(datamodule: MFTDataModule, record: Record) -> str:
-    assert record.conversation is not None
-    eos = str(datamodule.tokenizer.eos_token)
-    parts = datamodule.chat_format.segments(record.conversation)
-    return "".join(f"[[{part.text}{eos}]]" if part.answer else part.text for part in parts)
+    """What is trained on, as text, with the supervised stretches in brackets."""
+    assert record.encoded is not None
+    tokens = zip(record.encoded.input_ids, record.encoded.supervised, strict=True)
+    parts = []
+    for supervised, run in groupby(tokens, key=lambda token: token[1]):
+        text = datamodule.chat_format.decode([i for i, _ in run])
+        parts.append(f"[[{text}]]" if supervised else text)
+    return "".join(parts)

@@ -127,6 +127,19 @@ class ChatFormat:
         texts = iter(self._encode_texts([part.text for segments in parts for part in segments]))
         return [self._joined(segments, [next(texts) for _ in segments]) for segments in parts]
 
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of token ids, nothing cleaned up."""
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    def encodes_as_one_string(self, conversations: Sequence[Conversation]) -> list[bool]:
+        """Whether a tokenizer that is given the whole rendered conversation at once gives the same ids, for each."""
+        encoding: Any = self.tokenizer([self.render(c) for c in conversations], add_special_tokens=False, verbose=False)
+        whole = encoding["input_ids"]
+        return [ids == ours.input_ids for ids, ours in zip(whole, self.encode(conversations), strict=True)]
+
     def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
         """The ids that ask for the next answer: the history as in training, then the bot marker."""
         asked = Conversation(turns=(*turns, Turn("bot", "")))

@@ -116,6 +116,10 @@ class MFTDataModule(L.LightningDataModule):
             raise UserError("data.valid_data_paths and data.data_split are both given. Leave one of them out.")
         if per_device_valid_batch_size is not None and per_device_valid_batch_size < 1:
             raise UserError(f"data.per_device_valid_batch_size: {per_device_valid_batch_size} is less than 1.")
+        if not 0 <= max_skipped_share <= 1:
+            raise UserError(f"data.max_skipped_share: {max_skipped_share} is no share from 0 to 1.")
+        if num_workers is not None and num_workers < 0:
+            raise UserError(f"data.num_workers: {num_workers} is negative.")
         self.tasks = find_tasks(data_paths)
         self.valid_tasks = _aligned(valid_data_paths, self.tasks)
         self.shares = parse_shares(data_split or ("100,0,0" if self.valid_tasks else DEFAULT_SPLIT))
@@ -146,6 +150,8 @@ class MFTDataModule(L.LightningDataModule):
         self.exclude_tasks = exclude_tasks or []
         if unknown := [name for name in self.exclude_tasks if name not in self.task_names]:
             raise UserError(f"evaluation.exclude_tasks: {unknown} is none of the tasks {', '.join(self.task_names)}.")
+        if set(self.exclude_tasks) == set(self.task_names):
+            raise UserError("evaluation.exclude_tasks: leaves no task to evaluate. Set evaluation.strategy: none.")
         self.tables: dict[str, TokenTable] | None = None
         self.reports: list[TaskReport] = []
         self.valid_reports: list[TaskReport] = []
@@ -197,8 +203,8 @@ class MFTDataModule(L.LightningDataModule):
         if missing := [name for name in empty if name not in self.exclude_tasks]:
             raise UserError(
                 f"data.data_split: no conversation to evaluate ({split}) is left of {', '.join(missing)}. Raise its "
-                "share, give data.valid_data_paths, name the task in evaluation.exclude_tasks, or set "
-                "evaluation.strategy: none."
+                "share, or name the task in evaluation.exclude_tasks. Validation can also come from "
+                "data.valid_data_paths, or be left out by evaluation.strategy: none."
             )
 
     @property
@@ -238,7 +244,7 @@ class MFTDataModule(L.LightningDataModule):
             rank=rank,
             world=world,
         )
-        return TrainLoader(steps, self.fingerprint(), self.num_workers)
+        return TrainLoader(steps, self.num_workers)
 
     def val_dataloader(self) -> DataLoader[MicroBatch]:
         return self._evaluation_loader("valid")

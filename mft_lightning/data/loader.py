@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mft_lightning.data.collate import MicroBatch, StepBatch, collate, collate_step
 from mft_lightning.data.plan import Plan
 from mft_lightning.data.token_cache import TokenTable
-from mft_lightning.errors import UserError
 
 
 class TrainSteps(Dataset[StepBatch]):
@@ -69,13 +67,11 @@ class TrainLoader(DataLoader[StepBatch]):
 
     Args:
         steps: the plan's steps.
-        fingerprint: what the plan was made from, by config key; resuming with another one is refused.
         num_workers: loader processes.
     """
 
-    def __init__(self, steps: TrainSteps, fingerprint: dict[str, Any], num_workers: int) -> None:
+    def __init__(self, steps: TrainSteps, num_workers: int) -> None:
         self.cursor = Cursor(steps.plan.steps_per_epoch)
-        self.fingerprint = fingerprint
         super().__init__(
             steps,
             sampler=self.cursor,
@@ -90,13 +86,8 @@ class TrainLoader(DataLoader[StepBatch]):
             self.cursor.advance()
             yield batch
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.cursor.epoch, "step": self.cursor.step, "fingerprint": self.fingerprint}
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.cursor.epoch, "step": self.cursor.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        saved = state["fingerprint"]
-        changed = [key for key in self.fingerprint if saved.get(key) != self.fingerprint[key]]
-        if changed:
-            what = "; ".join(f"{key} was {saved.get(key)!r}, is {self.fingerprint[key]!r}" for key in changed)
-            raise UserError(f"--ckpt_path: the checkpoint's run saw other global batches: {what}. Set them back.")
+    def load_state_dict(self, state: dict[str, int]) -> None:
         self.cursor.epoch, self.cursor.step = state["epoch"], state["step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list
     tasks: dict[str, Task] = {}
     for path in parse_paths(paths, key):
         directory = Path(shipped_example(path)).expanduser()
-        name = directory.resolve().name
+        name = Path(os.path.normpath(directory.absolute())).name  # of the path as given, also where it is a link
         if not _TASK_NAME.fullmatch(name):
             raise UserError(
                 f"{key}: {name!r} is no good task name. Use letters, digits, '_', '-', '.', '+' and spaces."

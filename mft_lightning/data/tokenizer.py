@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mft_lightning.data.chat_format import CHAT_TEMPLATE
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, first_line
 
 NEOX_PAD = "<|padding|>"
 
@@ -32,7 +32,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.pretrained_model_path: no tokenizer in {path!r} ({_first_line(error)}). Give a directory that "
+            f"model.pretrained_model_path: no tokenizer in {path!r} ({first_line(error)}). Give a directory that "
             "holds tokenizer files, a hub id that can be reached, or model.tokenizer_path."
         ) from error
     vocabulary = tokenizer.get_vocab()
@@ -46,7 +46,3 @@ def load_tokenizer(
     tokenizer.pad_token = pad_token
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mft_lightning.errors import NotYetError, UserError
+from mft_lightning.errors import NotYetError, UserError, first_line
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
 from mft_lightning.model.settings import LoraSettings
 
@@ -47,9 +47,8 @@ def load_config(path: str, model_type: str, trust_remote_code: bool = False) -> 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{key}: no model configuration in {path!r} ({first}). Give a model directory or hub id."
+            f"{key}: no model configuration in {path!r} ({first_line(error)}). Give a model directory or hub id."
         ) from error
     known = config.model_type if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
     architectures = config.architectures or []
@@ -86,9 +85,8 @@ def build_causal_lm(source: ModelSource) -> PreTrainedModel:
             source.path, dtype=source.dtype, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{key}: the weights in {source.path!r} cannot be loaded ({first}). "
+            f"{key}: the weights in {source.path!r} cannot be loaded ({first_line(error)}). "
             "For a model without weights set model.init: random."
         ) from error
     model, info = loaded

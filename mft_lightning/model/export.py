@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, first_line
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -55,10 +57,15 @@ def load_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the directory holds other weights than the model has.
     """
-    state = _load_adapter(model, directory) if isinstance(model, PeftModel) else _load_full(directory)
+    try:
+        state = _load_adapter(model, directory) if isinstance(model, PeftModel) else _load_full(directory)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{directory}: the weights cannot be loaded ({first_line(error)}).") from error
+    live = model.state_dict()
     expected = trained_names(model)
-    if state.keys() != expected:
-        differing = sorted(state.keys() ^ expected)
+    differing = sorted(state.keys() ^ expected)
+    differing += [name for name in state.keys() & expected if state[name].shape != live[name].shape]
+    if differing:
         raise UserError(
             f"{directory}: holds other weights than this run's model ({len(differing)} differ, first {differing[0]}). "
             "Check model.peft_type and model.lora."
@@ -78,6 +85,17 @@ def _load_adapter(model: PeftModel, directory: Path) -> dict[str, Tensor]:
     saved = load_file(directory / ADAPTER_FILE)
     live = {name.replace(".default.", "."): name for name in trained_names(model)}  # peft saves without its own name
     return {live.get(name, name): tensor for name, tensor in saved.items()}
+
+
+def base_digest(model: nn.Module) -> str | None:
+    """A digest of the frozen base's bits, None where there is no frozen base (all weights are in the checkpoint)."""
+    if not isinstance(model, PeftModel):
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base_state(model).items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def base_state(model: PeftModel) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from torchmetrics import Metric
 class TaskSums(Metric):
     """Sums of NLL, supervised tokens and correct tokens per task; reduced over ranks by addition.
 
-    The means are taken once from the sums, so they do not depend on batch size or on how many ranks there are.
+    The means are taken once from the sums, so they do not depend on batch size or on how many ranks there are. The sums
+    are float64: keep this out of a module's tree, or a precision plugin will cast them to the weights' dtype.
 
     Args:
         names: the tasks' names, in the order of their numbers.

@@ -22,14 +22,16 @@ from mft_lightning.model.build import (
     load_config,
     saved_path,
 )
-from mft_lightning.model.export import trained_names
+from mft_lightning.model.export import base_digest, trained_names
 from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.optim import SchedulerType, learning_rate_factor, parameter_groups
+from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.settings import CobaSettings, LoraSettings, QLoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM, SupervisedNLL
 from mft_lightning.shipped import shipped_example
 from mft_lightning.weighting.static import STATIC_MODES, TASK_WEIGHTED_MODES, coefficients
 
+FROZEN_BASE = "frozen base (digest)"
 NETWORK = "network.model."  # where the causal LM's weights stand in this module's state
 
 
@@ -128,6 +130,18 @@ class MFTModule(L.LightningModule):
             raise UserError(f"model.min_lr: {min_lr} is not between 0 and model.learning_rate: {learning_rate}.")
         if num_warmup_steps < 0:
             raise UserError(f"model.num_warmup_steps: {num_warmup_steps} is negative.")
+        positive = {"lr_power": lr_power, "lr_num_cycles": lr_num_cycles, "adam_epsilon": adam_epsilon}
+        positive |= {} if pad_vocab_to_multiple_of is None else {"pad_vocab_to_multiple_of": pad_vocab_to_multiple_of}
+        for key, value in positive.items():
+            if value <= 0:
+                raise UserError(f"model.{key}: {value} is not above 0.")
+        if weight_decay < 0 or not (0 <= adam_beta1 < 1 and 0 <= adam_beta2 < 1):
+            raise UserError(
+                f"model: weight_decay {weight_decay} must not be negative, adam_beta1 {adam_beta1} and adam_beta2 "
+                f"{adam_beta2} must be in [0, 1)."
+            )
+        if peft_type is None and lora != LoraSettings():
+            raise UserError("model.lora: is set, but model.peft_type is null. Set model.peft_type: lora.")
         self.source = ModelSource(
             path=shipped_example(pretrained_model_path),
             init=init,
@@ -191,14 +205,20 @@ class MFTModule(L.LightningModule):
             )
             if self.checkpoint_activations:
                 model.activation_checkpointing_enable({"use_reentrant": False})
+            check_assumptions(SupervisedLM(model), packed=datamodule.packed)
             names = datamodule.task_names
             self.task_weights = torch.tensor(datamodule.task_weights or [1.0] * len(names), dtype=torch.float64)
-            self.val_sums, self.test_sums = TaskSums(names), TaskSums(names)
+            self.sums = {split: TaskSums(names) for split in ("val", "test")}
             base_path = random_base if self.source.init == "random" else self.source.path
             self.network = SupervisedLM(
                 add_lora(model, self.lora, base_path=saved_path(base_path), seed=self.source.seed) if frozen else model
             )
+            self.base_digest = base_digest(self.network.model)
         return self.network
+
+    def fingerprint(self, datamodule: MFTDataModule) -> dict[str, Any]:
+        """What decides a run's steps, by key; a checkpoint resumes only on the same."""
+        return {**datamodule.fingerprint(), FROZEN_BASE: self.base_digest}
 
     def configure_model(self) -> None:
         self.build(self.datamodule)
@@ -296,22 +316,23 @@ class MFTModule(L.LightningModule):
     # ---------------------------------------------------------------- evaluation
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        self._add(self.val_sums, batch)
+        self._add("val", batch)
 
     def test_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        self._add(self.test_sums, batch)
+        self._add("test", batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val", self.val_sums)
+        self._report("val")
 
     def on_test_epoch_end(self) -> None:
-        self._report("test", self.test_sums)
+        self._report("test")
 
-    def _add(self, sums: TaskSums, micro: MicroBatch) -> None:
+    def _add(self, prefix: str, micro: MicroBatch) -> None:
         output = self._forward(micro)
-        sums.update(micro.tasks, output.nll, micro.n_supervised, output.correct)
+        self.sums[prefix].to(self.device).update(micro.tasks, output.nll, micro.n_supervised, output.correct)
 
-    def _report(self, prefix: str, sums: TaskSums) -> None:
+    def _report(self, prefix: str) -> None:
+        sums = self.sums[prefix]
         values = {f"{prefix}/{name}": value for name, value in sums.compute().items()}
         sums.reset()
         self.log_dict(values, logger=False)  # for callbacks; the loggers get the step that the axis is defined by

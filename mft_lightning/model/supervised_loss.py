@@ -68,6 +68,14 @@ class SupervisedLM(nn.Module):
             correct.new_zeros(conversations).index_add(0, micro.conversation, correct),
         )
 
+    def logits(self, micro: MicroBatch) -> Tensor:
+        """The head's output at the micro-batch's predictors, ``[P, vocabulary]``, as the loss sees it."""
+        return self._head(self.hidden_states(micro).flatten(0, 1)[micro.predictors])
+
+    @property
+    def _head(self) -> nn.Module:
+        return cast(nn.Module, self.causal_lm.get_output_embeddings())
+
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """The backbone's last hidden states, ``[B, T, hidden]``.
 
@@ -84,12 +92,11 @@ class SupervisedLM(nn.Module):
 
     def _token_nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """NLL and correctness of each target: ``[P, hidden], [P] -> [P], int64 [P]``."""
-        head = cast(nn.Module, self.causal_lm.get_output_embeddings())
         rows = max(1, self.logit_budget // (4 * self.causal_lm.config.get_text_config().vocab_size))
         if len(targets) <= rows:
-            return _head_nll(head, hidden, targets)
+            return _head_nll(self._head, hidden, targets)
         parts = [
-            checkpoint(_head_nll, head, hidden[i : i + rows], targets[i : i + rows], use_reentrant=False)
+            checkpoint(_head_nll, self._head, hidden[i : i + rows], targets[i : i + rows], use_reentrant=False)
             for i in range(0, len(targets), rows)
         ]
         return torch.cat([nll for nll, _ in parts]), torch.cat([correct for _, correct in parts])

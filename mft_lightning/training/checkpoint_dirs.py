@@ -44,8 +44,10 @@ def read_metadata(directory: Path) -> dict[str, Any]:
     file = directory / METADATA
     try:
         metadata = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{directory}: is no checkpoint ({METADATA}: {error}).") from error
+    if not isinstance(metadata, dict):
+        raise UserError(f"{file}: is no checkpoint's description.")
     if metadata.get("format") != FORMAT_VERSION:
         raise UserError(
             f"{file}: format {metadata.get('format')!r} is not {FORMAT_VERSION}, the one this version reads."
@@ -90,6 +92,22 @@ def expired(
     return by_recency[limit:]
 
 
+def check_same_run(directory: Path, now: dict[str, Any]) -> None:
+    """Refuse to go on from a checkpoint whose run was made from something else.
+
+    Args:
+        directory: the checkpoint.
+        now: what decides this run, by key; only these are compared with what the checkpoint has of them.
+
+    Raises:
+        UserError: naming each key that differs, and its two values.
+    """
+    saved = read_metadata(directory)["fingerprint"]
+    if changed := [key for key in now if saved.get(key) != now[key]]:
+        what = "; ".join(f"{key} was {saved.get(key)!r}, is {now[key]!r}" for key in changed)
+        raise UserError(f"--ckpt_path: {directory.name} belongs to another run: {what}. Set them back.")
+
+
 def resolve_checkpoint(
     ckpt_path: str, output_dir: Path, monitor: str, mode: Literal["min", "max"]
 ) -> CheckpointInfo | None:
@@ -109,7 +127,7 @@ def resolve_checkpoint(
         if best is None:
             raise UserError(f"--ckpt_path best: no checkpoint in {output_dir} has been validated by {monitor}.")
         return best
-    directory = Path(ckpt_path)
+    directory = Path(ckpt_path).expanduser()
     if not directory.is_dir():
         raise UserError(f"--ckpt_path {ckpt_path}: is no directory. Give last, best or a checkpoint directory.")
     return read_checkpoint(directory.resolve())

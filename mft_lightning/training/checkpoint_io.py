@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import transformers
 from lightning.pytorch.plugins.io import CheckpointIO
 
 import mft_lightning
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.export import load_state, save_model
 from mft_lightning.model.module import NETWORK, MFTModule
 from mft_lightning.training.checkpoint_dirs import FORMAT_VERSION, METADATA, TRAINER_STATE, read_metadata
@@ -31,6 +32,11 @@ class HFCheckpointIO(CheckpointIO):
 
     def __init__(self, module: MFTModule) -> None:
         self.module = module
+        self._preloaded: dict[Path, dict[str, Any]] = {}
+
+    def preload(self, path: Path) -> None:
+        """Load a checkpoint ahead of the run, so that one that cannot be loaded stops it before anything is written."""
+        self._preloaded[path] = self.load_checkpoint(path)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write ``checkpoint`` (Lightning's dictionary) as the directory ``path``.
@@ -59,6 +65,7 @@ class HFCheckpointIO(CheckpointIO):
             "epoch_end": False,
             "metrics": {},
             "tasks": datamodule.task_names,
+            "fingerprint": self.module.fingerprint(datamodule),
             "chat_format": {"normalize_punctuation": datamodule.chat_format.normalize_punctuation},
             "versions": {
                 "mft_lightning": mft_lightning.__version__,
@@ -79,11 +86,16 @@ class HFCheckpointIO(CheckpointIO):
     ) -> dict[str, Any]:
         """Lightning's dictionary again; nothing is unpickled that ``weights_only`` would refuse."""
         path = Path(path)
+        if path in self._preloaded:
+            return self._preloaded.pop(path)
         read_metadata(path)
         if not (path / TRAINER_STATE).is_file():
             raise UserError(f"{path}: holds no {TRAINER_STATE}, so a run cannot go on from it.")
         assert self.module.network is not None
-        checkpoint = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
+        try:
+            checkpoint = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path / TRAINER_STATE}: is damaged ({first_line(error)}).") from error
         state = load_state(self.module.network.model, path)
         checkpoint["state_dict"] = {NETWORK + name: value for name, value in state.items()}
         return checkpoint

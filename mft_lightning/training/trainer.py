@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mft_lightning.errors import NotYetError, UserError
-from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings, refuse_several_devices
 from mft_lightning.training.callbacks import EarlyStoppingSettings, RandomBase, StepLogging, StepSeeding
 from mft_lightning.training.checkpoint import CheckpointSettings, HFModelCheckpoint
@@ -83,6 +82,10 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
     for key, (default, here) in ELSEWHERE.items():
         if keys.get(key, default) != default:
             raise UserError(f"trainer.{key}: {keys[key]} has no effect here. Use {here}.")
+    for key, least in (("log_every_n_steps", 1), ("gradient_clip_val", 0), ("max_steps", 1), ("max_epochs", 1)):
+        value = keys.get(key)
+        if value is not None and value < least and not (key.startswith("max_") and value == -1):
+            raise UserError(f"trainer.{key}: {value} is less than {least}.")
     if keys.get("gradient_clip_algorithm") == "value":
         raise UserError("trainer.gradient_clip_algorithm: value is not supported; gradients are clipped by norm.")
     if keys.get("precision") == "16-mixed" and not torch.cuda.is_available():
@@ -93,7 +96,7 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
 def fit_trainer(
     keys: dict[str, Any],
     settings: RunSettings,
-    module: MFTModule,
+    checkpoint_io: HFCheckpointIO,
     *,
     seed: int,
     output_dir: Path,
@@ -110,13 +113,11 @@ def fit_trainer(
     evaluation = Evaluation(settings.evaluation) if settings.evaluation.enabled else None
     callbacks: list[L.Callback] = [StepSeeding(seed)]
     if keys.get("max_time") is not None:
-        callbacks.append(Timer(keys["max_time"]))
+        callbacks.append(_timer(keys["max_time"]))
     callbacks += [*_listed(keys.get("callbacks")), *extra_callbacks, StepLogging(keys["log_every_n_steps"])]
-    if module.source.init == "random":
+    if checkpoint_io.module.source.init == "random":
         callbacks.append(RandomBase(output_dir / "base"))
     if settings.early_stopping.patience != -1:
-        if evaluation is None:
-            raise UserError("early_stopping.patience: needs validations, but evaluation.strategy is none.")
         callbacks.append(settings.early_stopping.callback(settings.checkpoint))
     if evaluation is not None:
         callbacks.append(evaluation)
@@ -135,7 +136,7 @@ def fit_trainer(
             **keys,
             "callbacks": callbacks,
             "logger": loggers,
-            "plugins": [*_listed(keys.get("plugins")), HFCheckpointIO(module)],
+            "plugins": [*_listed(keys.get("plugins")), checkpoint_io],
             "max_time": None,
             "enable_progress_bar": bar,
             "default_root_dir": output_dir,
@@ -148,7 +149,7 @@ def fit_trainer(
     )
 
 
-def evaluation_trainer(keys: dict[str, Any], module: MFTModule, output_dir: Path) -> L.Trainer:
+def evaluation_trainer(keys: dict[str, Any], checkpoint_io: HFCheckpointIO, output_dir: Path) -> L.Trainer:
     """The Trainer of ``validate`` and ``test``: it writes nothing."""
     return _trainer(
         {
@@ -157,7 +158,7 @@ def evaluation_trainer(keys: dict[str, Any], module: MFTModule, output_dir: Path
             "logger": False,
             "enable_checkpointing": False,
             "enable_progress_bar": _bar(keys),
-            "plugins": [*_listed(keys.get("plugins")), HFCheckpointIO(module)],
+            "plugins": [*_listed(keys.get("plugins")), checkpoint_io],
             "default_root_dir": output_dir,
             "use_distributed_sampler": False,
         }
@@ -168,6 +169,13 @@ def refuse_several_ranks(trainer: L.Trainer) -> None:
     """``trainer.devices: auto`` on a machine with several GPUs would start several ranks."""
     if trainer.world_size > 1:
         raise NotYetError("trainer.devices", trainer.world_size, "Set trainer.devices: 1.")
+
+
+def _timer(duration: Any) -> Timer:
+    try:
+        return Timer(duration)
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise UserError(f"trainer.max_time: {duration!r} is no duration. Write it as DD:HH:MM:SS.") from error
 
 
 def _trainer(keys: dict[str, Any]) -> L.Trainer:

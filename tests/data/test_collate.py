@@ -13,7 +13,6 @@ from mft_lightning.data.collate import MicroBatch, StepBatch, collate, collate_s
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
 from mft_lightning.data.plan import Plan, deal_evaluation
 from mft_lightning.data.token_cache import TokenTable
-from mft_lightning.errors import UserError
 
 PAD = 1
 TASKS = 3
@@ -189,14 +188,13 @@ def test_evaluation_steps_hold_every_target_once_over_the_ranks(packed: bool) ->
 # --- the loader's state
 
 
-FINGERPRINT = {"data.total_train_batch_size": 4, "seed_everything": 7, "training tokens (digest)": "abc"}
 EPOCHS = 3
 
 
 def loader(workers: int = 0, packed: bool = True) -> TrainLoader:
     table = some_table()
     plan = Plan(lengths=table.lengths, total=4, per_device=2, packed=packed, seed=7)
-    return TrainLoader(TrainSteps(table, plan, tasks=TASKS, pad_id=PAD), dict(FINGERPRINT), workers)
+    return TrainLoader(TrainSteps(table, plan, tasks=TASKS, pad_id=PAD), workers)
 
 
 def stream(source: TrainLoader, batches: int) -> list[Any]:
@@ -240,7 +238,7 @@ def test_a_loader_resumed_after_any_step_gives_the_batches_that_were_left(
 @pytest.mark.parametrize("step", range(6))
 def test_a_loader_starts_at_any_epoch_and_step(uninterrupted: list[Any], epoch: int, step: int) -> None:
     resumed = loader()
-    resumed.load_state_dict({"epoch": epoch, "step": step, "fingerprint": FINGERPRINT})
+    resumed.load_state_dict({"epoch": epoch, "step": step})
     start = epoch * 6 + step
     assert stream(resumed, len(uninterrupted) - start) == uninterrupted[start:]
 
@@ -249,7 +247,7 @@ def test_an_exhausted_iterator_and_an_abandoned_one_leave_the_same_state() -> No
     exhausted, abandoned = loader(), loader()
     assert len(list(exhausted)) == 6
     stream(abandoned, 6)
-    assert exhausted.state_dict() == abandoned.state_dict() == {"epoch": 1, "step": 0, "fingerprint": FINGERPRINT}
+    assert exhausted.state_dict() == abandoned.state_dict() == {"epoch": 1, "step": 0}
 
 
 def test_the_state_counts_what_was_handed_out_not_what_workers_read_ahead() -> None:
@@ -271,18 +269,3 @@ def test_iterating_draws_nothing_from_the_global_random_state(workers: int) -> N
     before = torch.get_rng_state()
     stream(loader(workers), 2)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("key", FINGERPRINT)
-@pytest.mark.parametrize("gone", [False, True], ids=["other", "missing"])
-def test_a_changed_fingerprint_is_refused_and_named(key: str, gone: bool) -> None:
-    saved = {**FINGERPRINT, key: "other"}
-    if gone:
-        del saved[key]
-    resumed = loader()
-    with pytest.raises(UserError) as caught:
-        resumed.load_state_dict({"epoch": 1, "step": 2, "fingerprint": saved})
-    was, now = saved.get(key), FINGERPRINT[key]
-    assert f"{key} was {was!r}, is {now!r}" in str(caught.value)
-    assert all(other not in str(caught.value) for other in FINGERPRINT if other != key)
-    assert (resumed.cursor.epoch, resumed.cursor.step) == (0, 0)

@@ -172,3 +172,11 @@ def test_another_seed_or_task_gives_another_split_of_the_same_sizes() -> None:
 def test_records_are_shuffled_before_the_split() -> None:
     codes = split_records(1000, parse_shares("50,50,0"), 42, "math")
     assert 150 < (codes[:500] == 0).sum() < 350
+
+
+def test_a_linked_directory_s_task_has_the_name_it_is_given_by(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("alpha", "beta"):
+        (tmp_path / name).symlink_to(tmp_path / "data")
+    found = find_tasks([str(tmp_path / "alpha"), str(tmp_path / "beta") + "/"])
+    assert [task.name for task in found] == ["alpha", "beta"]

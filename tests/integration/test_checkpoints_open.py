@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,22 @@ def test_a_trained_checkpoint_is_a_base_for_the_next_run(fit: Callable[..., Path
     assert not (second / "base").exists()
     assert f'"base_model_name_or_path": "{first}"' in (adapter / "adapter_config.json").read_text()
     assert main(["generate", "--model", str(adapter), "--prompt", "hello", "--max_new_tokens", "2"]) == 0
+
+
+def test_a_moved_lora_run_answers_with_the_base_that_moved_along(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2", config="lora.yaml")
+    asked = ["generate", "--prompt", PROMPT, "--max_new_tokens", "4", "--model"]
+    capsys.readouterr()
+    assert main([*asked, str(run / "step-00000002")]) == 0
+    answer = capsys.readouterr().out
+    run.rename(tmp_path / "moved")
+    assert main([*asked, str(tmp_path / "moved" / "step-00000002")]) == 0
+    assert capsys.readouterr().out == answer
+    shutil.rmtree(tmp_path / "moved" / "base")
+    assert main([*asked, str(tmp_path / "moved" / "step-00000002")]) == 1
+    assert str(run / "base") in capsys.readouterr().err
 
 
 def test_the_trainer_state_loads_without_unpickling_code(fit: Callable[..., Path], tmp_path: Path) -> None:

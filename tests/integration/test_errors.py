@@ -62,6 +62,24 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], output_dir
         (("--ckpt_path", "best"), "--ckpt_path best: no checkpoint"),
         (("--ckpt_path", "gone"), "--ckpt_path gone: is no directory"),
         (("--seed_everything", "true"), "seed_everything"),
+        (("--seed_everything", "99999999999"), "seed_everything"),
+        (("--trainer.log_every_n_steps", "0"), "trainer.log_every_n_steps: 0"),
+        (("--trainer.max_steps", "0"), "trainer.max_steps: 0"),
+        (("--trainer.max_time", "soon"), "trainer.max_time: 'soon'"),
+        (("--trainer.gradient_clip_val", "-1"), "trainer.gradient_clip_val"),
+        (("--trainer.limit_train_batches", "3"), "Use trainer.max_steps"),
+        (("--data.num_workers", "-1"), "data.num_workers"),
+        (("--data.max_skipped_share", "7"), "data.max_skipped_share"),
+        (("--model.adam_beta1", "1.5"), "adam_beta1 1.5"),
+        (("--model.weight_decay", "-1"), "weight_decay -1"),
+        (("--model.lr_num_cycles", "0"), "model.lr_num_cycles"),
+        (("--model.lora.r", "4"), "model.lora: is set, but model.peft_type is null"),
+        (("--early_stopping.patience", "0"), "early_stopping.patience"),
+        (("--evaluation.strategy", "none", "--checkpoint.monitor", "val/loss/unit_tests"), "checkpoint.monitor"),
+        (
+            ("--evaluation.exclude_tasks", "[text_to_code, code_explanation, unit_tests]"),
+            "evaluation.exclude_tasks: leaves no task",
+        ),
         (("--trainer.accelerator", "tpu"), "trainer: "),
     ],
 )
@@ -120,6 +138,25 @@ def test_no_causal_lm(
     (model / "config.json").write_text(json.dumps(about | {"architectures": ["GPTNeoXForSequenceClassification"]}))
     words = ("--model.pretrained_model_path", str(model))
     assert "no causal language model" in refused(capsys, fit_arguments(tmp_path / "run", *words), tmp_path / "run")
+
+
+def test_an_output_directory_that_is_a_file(
+    fit_arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["fit", *fit_arguments(tmp_path / "file" / "run")]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_curves_of_two_runs_are_not_mixed(
+    fit: Callable[..., Path],
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ("--tensorboard_dir", str(tmp_path / "curves"), "--trainer.max_steps", "1")
+    fit(tmp_path / "run", *words)
+    assert "holds another run's curves" in refused(capsys, fit_arguments(tmp_path / "two", *words), tmp_path / "two")
 
 
 def test_an_output_directory_that_holds_a_run(

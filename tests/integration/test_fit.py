@@ -161,6 +161,14 @@ def test_bfloat16(fit: Callable[..., Path], tmp_path: Path, precision: str) -> N
     assert {parameter.dtype for parameter in model.parameters()} == {held}
 
 
+def test_a_profiler_that_was_asked_for_reports(
+    fit: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path / "run", "--trainer.profiler", "simple", "--trainer.max_steps", "1")
+    printed = "".join(capfd.readouterr())
+    assert "run_training_batch" in printed and "GPU available" not in printed
+
+
 @pytest.mark.parametrize("config", ["full.yaml", "lora.yaml", "quickstart.yaml"])
 def test_shipped_configs_run_as_they_are(tmp_path: Path, config: str) -> None:
     words = ("--output_dir", str(tmp_path / "run"), "--trainer.max_steps", "1")

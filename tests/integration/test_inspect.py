@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,31 @@ def test_dropped_records_are_shown_with_the_reason_and_bad_ones_end_with_an_erro
     ]
     assert inspected(capsys, *words, "--data.on_bad_record", "skip") == found
     assert len(inspected(capsys, *words, "--data.on_bad_record", "skip", "--limit", "2")) == 2
+
+
+def test_what_is_shown_as_supervised_is_what_is_learned(
+    capsys: pytest.CaptureFixture[str], write_task: Callable[..., str]
+) -> None:
+    task = write_task("long", [{"prompt": "ask", "answer": "ab"}, {"prompt": "ask", "answer": "ab " * 40}])
+    shown = ["inspect", "--config", "full.yaml", "--data.data_paths", f"[{task}]", "--data.data_split", "1,0,0"]
+    assert main([*shown, "--data.on_overlong", "truncate", "--data.tokenize_mode", "pretrain"]) == 0
+    assert re.search(r"\[\[[^]]*human[^]]*ask[^]]*ab[^]]*\]\]", capsys.readouterr().out)
+    words = ("--data.on_overlong", "truncate", "--data.seq_length", "60", "--data.tokenize_mode", "pretrain")
+    found = inspected(capsys, "--data.data_paths", f"[{task}]", *words)
+    (cut,) = [record for record in found if record.get("truncated")]
+    assert len(cut["input_ids"]) == 60 and len(cut["text"]) < len("ab " * 40)
+
+
+def test_the_count_of_what_one_string_would_encode_otherwise(
+    capsys: pytest.CaptureFixture[str], pythia: Path, write_task: Callable[..., str]
+) -> None:
+    """A full stop before a marker merges with it; a plain answer after a plain prompt does not."""
+    rounds = [{"role": r, "content": c} for r, c in (("human", "a"), ("bot", "b"), ("human", "c"), ("bot", "d"))]
+    merging = [rounds[0], {"role": "bot", "content": ".b"}]
+    task = write_task("some", [{"chat_rounds": rounds}, {"chat_rounds": merging}])
+    words = ["--data.data_paths", f"[{task}]", "--model.pretrained_model_path", str(pythia)]
+    assert main(["inspect", "--config", "full.yaml", *words, "--limit", "0"]) == 0
+    assert "some: 1 of 2 conversations would be encoded otherwise" in capsys.readouterr().out
 
 
 def test_the_table_and_some_conversations(capsys: pytest.CaptureFixture[str], example_tasks: list[str]) -> None:

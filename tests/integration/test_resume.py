@@ -16,6 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mft_lightning.cli import main
 from tests.integration.conftest import ROOT, checkpoints, command, metrics, same_weights, user_environment
 
+
+def everything(directory: Path) -> list[tuple[Path, int]]:
+    """Every file with the time it was last written."""
+    return sorted((path, path.stat().st_mtime_ns) for path in directory.rglob("*"))
+
+
 EPOCH_OF_FOUR = ("--data.total_train_batch_size", "300", "--data.per_device_train_batch_size", "75")
 KEEP_ALL = ("--checkpoint.save_total_limit", "null", "--evaluation.steps", "3", "--checkpoint.checkpointing_steps", "2")
 
@@ -112,10 +118,100 @@ def test_resuming_something_else_is_refused(
     message: str,
 ) -> None:
     run = fit(tmp_path / "run", "--trainer.max_steps", "2")
-    kept = metrics(run)
+    before = everything(run)
     assert main(["fit", *fit_arguments(run, *words, "--ckpt_path", "last")]) == 1
     assert message in capsys.readouterr().err
-    assert metrics(run) == kept and checkpoints(run) == ["step-00000002"]
+    assert everything(run) == before
+
+
+def test_a_directory_that_holds_another_run_takes_no_checkpoint_from_elsewhere(
+    fit: Callable[..., Path], fit_arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    first = fit(tmp_path / "first", "--trainer.max_steps", "2")
+    second = fit(tmp_path / "second", "--trainer.max_steps", "2")
+    before = everything(second)
+    assert main(["fit", *fit_arguments(second, "--ckpt_path", str(first / "step-00000002"))]) == 1
+    assert everything(second) == before
+
+
+def test_an_adapter_goes_with_the_base_it_was_trained_on(
+    fit: Callable[..., Path],
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2", config="lora.yaml")
+    asked = [*fit_arguments(run, "--ckpt_path", "last", config="lora.yaml")]
+    assert main(["validate", *asked]) == 0
+    assert main(["validate", *asked, "--seed_everything", "7"]) == 1
+    assert "frozen base (digest) was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("model.safetensors", "the weights cannot be loaded"),
+        ("trainer.pt", "trainer.pt: is damaged"),
+        ("config.json", "cannot be loaded"),
+        ("checkpoint.json", "is no checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_before_anything_changes(
+    fit: Callable[..., Path],
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    file: str,
+    message: str,
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2")
+    damaged = run / "step-00000002" / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    before = everything(run)
+    assert main(["fit", *fit_arguments(run, "--ckpt_path", "last")]) == 1
+    assert message in capsys.readouterr().err
+    assert everything(run) == before
+
+
+def test_adapters_of_another_rank_are_refused(
+    fit: Callable[..., Path],
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2", config="lora.yaml")
+    words = ("--model.lora.r", "8", "--ckpt_path", "last")
+    assert main(["fit", *fit_arguments(run, *words, config="lora.yaml")]) == 1
+    assert "holds other weights than this run's model" in capsys.readouterr().err
+
+
+def test_a_changed_patience_counts_after_a_resume(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    still = ("--model.learning_rate", "1e-9", "--model.min_lr", "0", "--evaluation.steps", "1")
+    still += ("--early_stopping.min_delta", "0.01", "--trainer.max_steps", "12")
+    run = fit(tmp_path / "run", *still, "--early_stopping.patience", "1")
+    assert checkpoints(run)[-1] == "step-00000002"
+    assert "stopped early" in capsys.readouterr().out
+    fit(run, *still, "--early_stopping.patience", "4", "--ckpt_path", "last")
+    assert checkpoints(run)[-1] == "step-00000005"
+
+
+def test_a_finished_run_has_nothing_to_do(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2")
+    kept = metrics(run), checkpoints(run)
+    fit(run, "--trainer.max_steps", "2", "--ckpt_path", "last")
+    assert "nothing to do" in capsys.readouterr().out
+    assert (metrics(run), checkpoints(run)) == kept
+
+
+def test_the_saved_configuration_goes_on_with_the_run(fit: Callable[..., Path], tmp_path: Path) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2")
+    words = ["--config", str(run / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps", "4"]
+    assert main(["fit", *words]) == 0
+    assert checkpoints(run)[-1] == "step-00000004"
 
 
 def test_sigterm_ends_with_a_validation_and_a_checkpoint(

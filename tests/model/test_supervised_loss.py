@@ -69,6 +69,15 @@ def test_an_empty_micro_batch_has_a_zero_loss_and_zero_gradients(
     assert all(grad is not None and not grad.any() for grad in grads)
 
 
+def test_validation_sums_stay_float64_whatever_the_weights(tiny_model: Path, datamodule: MFTDataModule) -> None:
+    module = MFTModule(pretrained_model_path=str(tiny_model), init="random", dtype="bfloat16")
+    module.build(datamodule)
+    module.to(torch.bfloat16)  # what Lightning's bf16-true plugin does
+    module.validation_step(collate(datamodule.table("train"), np.arange(8), packed=True, pad_id=1), 0)
+    assert {module.sums["val"].nll.dtype, module.sums["val"].tokens.dtype} == {torch.float64}
+    assert int(module.sums["val"].tokens.sum()) == int(datamodule.table("train").n_supervised[:8].sum())
+
+
 def test_reduction_is_float32_under_bfloat16_weights(tiny_model: Path, datamodule: MFTDataModule) -> None:
     network = MFTModule(pretrained_model_path=str(tiny_model), init="random", dtype="bfloat16").build(datamodule)
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16}

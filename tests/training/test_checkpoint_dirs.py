@@ -12,12 +12,15 @@ from hypothesis import strategies as st
 from mft_lightning.errors import UserError
 from mft_lightning.training.checkpoint_dirs import (
     CheckpointInfo,
+    check_same_run,
     directory_name,
     expired,
     find_best,
     find_checkpoints,
     resolve_checkpoint,
 )
+
+FINGERPRINT = {"seed_everything": 42, "data.data_paths (tasks)": ["a", "b"], "frozen base (digest)": None}
 
 
 def info(step: int, loss: float | None = None, epoch_end: bool = False) -> CheckpointInfo:
@@ -28,7 +31,7 @@ def write(output_dir: Path, step: int, loss: float | None = None) -> None:
     directory = output_dir / directory_name(step)
     directory.mkdir(parents=True)
     metrics = {} if loss is None else {"val/loss": loss}
-    metadata = {"format": 1, "step": step, "epoch_end": False, "metrics": metrics}
+    metadata = {"format": 1, "step": step, "epoch_end": False, "metrics": metrics, "fingerprint": FINGERPRINT}
     (directory / "checkpoint.json").write_text(json.dumps(metadata))
 
 
@@ -103,3 +106,22 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
     with pytest.raises(UserError, match="format 99"):
         resolve_checkpoint("last", tmp_path, "val/loss", "min")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null", '{"format": 1'])
+def test_a_damaged_description_is_no_checkpoint(tmp_path: Path, content: str) -> None:
+    write(tmp_path, 10)
+    (tmp_path / directory_name(10) / "checkpoint.json").write_text(content)
+    with pytest.raises(UserError, match=r"checkpoint\.json"):
+        resolve_checkpoint("last", tmp_path, "val/loss", "min")
+
+
+@pytest.mark.parametrize("key", FINGERPRINT)
+def test_another_run_s_checkpoint_is_refused_and_the_key_named(tmp_path: Path, key: str) -> None:
+    write(tmp_path, 10)
+    directory = tmp_path / directory_name(10)
+    check_same_run(directory, FINGERPRINT)
+    with pytest.raises(UserError) as caught:
+        check_same_run(directory, {**FINGERPRINT, key: "other"})
+    assert f"{key} was {FINGERPRINT[key]!r}, is 'other'" in str(caught.value)
+    assert all(other not in str(caught.value) for other in FINGERPRINT if other != key)
