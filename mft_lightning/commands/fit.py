@@ -55,6 +55,7 @@ def fit(argv: list[str]) -> None:
     if resumed is not None:
         checkpoint_io.preload(resumed.path)
         check_same_run(resumed.path, module.fingerprint(datamodule))
+    total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])
     stop = GracefulStop()
     trainer = fit_trainer(
         keys,
@@ -63,12 +64,13 @@ def fit(argv: list[str]) -> None:
         seed=cast(int, config.config.seed_everything),
         output_dir=config.output_dir,
         tensorboard_dir=config.tensorboard_dir,
-        total_steps=datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"]),
+        total_steps=total_steps,
         resumed_step=resumed.step if resumed else 0,
         extra_callbacks=[stop, WriteConfig(config)],
     )
     refuse_several_ranks(trainer)
-    print(run_plan(trainer, module, datamodule, config.output_dir, resumed), flush=True)
+    plan = run_plan(trainer, module, datamodule, total_steps=total_steps, output_dir=config.output_dir, resumed=resumed)
+    print(plan, flush=True)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)
     if resumed is not None and trainer.global_step == resumed.step:
         print("nothing to do: the run is at its end; raise trainer.max_steps or trainer.max_epochs to go on")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
+import torch
 
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.token_cache import TaskReport
@@ -16,15 +17,18 @@ from mft_lightning.training.checkpoint_dirs import CheckpointInfo, find_best, fi
 
 
 def run_plan(
-    trainer: L.Trainer, module: MFTModule, datamodule: MFTDataModule, output_dir: Path, resumed: CheckpointInfo | None
+    trainer: L.Trainer,
+    module: MFTModule,
+    datamodule: MFTDataModule,
+    *,
+    total_steps: int,
+    output_dir: Path,
+    resumed: CheckpointInfo | None,
 ) -> str:
     """Tasks, steps, parameters and layout of a run that is about to start."""
-    sizes, plan = datamodule.batch_sizes, datamodule.plan
-    module.trainer = trainer
-    trainer.datamodule = datamodule  # type: ignore[attr-defined]
+    sizes, plan, optim = datamodule.batch_sizes, datamodule.plan, module.optim
     assert module.network is not None
     trainable, total = count_parameters(module.network)
-    total_steps = module.total_steps()
     lines = [
         *task_table(datamodule.reports),
         *(["validation directories:", *task_table(datamodule.valid_reports)] if datamodule.valid_reports else []),
@@ -32,16 +36,23 @@ def run_plan(
         f"{trainable:,} of {total:,} ({trainable / total:.2%})",
         f"batch: {sizes.total} conversations a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}, "
         f"{'packed' if datamodule.packed else 'padded'}; loss {module.weighted_loss_mode}",
-        f"steps: {total_steps} ({plan.steps_per_epoch} an epoch), warm-up {module.num_warmup_steps}, "
-        f"{module.lr_scheduler_type} from {module.learning_rate:g} to {module.min_lr:g}",
+        f"steps: {total_steps} ({plan.steps_per_epoch} an epoch), warm-up {optim.num_warmup_steps}, "
+        f"{optim.lr_scheduler_type} from {optim.learning_rate:g}"
+        + ("" if optim.lr_scheduler_type.startswith("constant") else f" to {optim.min_lr:g}"),
         f"device: {trainer.strategy.root_device}, precision {trainer.precision}",
         f"output: {output_dir}" + (f", going on from {resumed.path.name}" if resumed else ""),
     ]
-    if module.num_warmup_steps >= total_steps:
+    if optim.num_warmup_steps >= total_steps:
         lines.append(
-            f"note: model.num_warmup_steps ({module.num_warmup_steps}) reaches the last step; the rate never decays."
+            f"note: model.num_warmup_steps ({optim.num_warmup_steps}) reaches the last step; the rate never decays."
         )
+    if "bf16" in str(trainer.precision) and trainer.strategy.root_device.type == "cpu" and not _fast_bfloat16():
+        lines.append("note: this CPU has no fast bfloat16; 32-true is many times faster here.")
     return "\n".join(lines)
+
+
+def _fast_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def task_table(reports: Sequence[TaskReport]) -> list[str]:

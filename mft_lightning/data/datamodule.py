@@ -15,7 +15,7 @@ from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.collate import MicroBatch
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
 from mft_lightning.data.plan import Plan, deal_evaluation, derive_batch_sizes, limit_per_task
-from mft_lightning.data.tasks import SPLITS, Task, find_tasks, parse_shares
+from mft_lightning.data.tasks import Task, find_tasks, parse_shares, parse_task_weights
 from mft_lightning.data.token_cache import RecordPolicy, TaskReport, TokenTable, build_tables
 from mft_lightning.data.tokenizer import load_tokenizer
 from mft_lightning.errors import NotYetError, UserError
@@ -267,27 +267,6 @@ class MFTDataModule(L.LightningDataModule):
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
-def parse_task_weights(weights: dict[str, float] | list[float] | None, names: list[str]) -> list[float] | None:
-    """Weights in the order of ``names``, scaled to mean 1; None where none are given.
-
-    Raises:
-        UserError: a task without a weight, an unknown task, or a weight that is not positive.
-    """
-    if weights is None:
-        return None
-    if isinstance(weights, dict):
-        if set(weights) != set(names):
-            wrong = sorted(set(weights) ^ set(names))
-            raise UserError(f"data.task_weights: give one weight for each of {', '.join(names)} (see {wrong}).")
-        values = [float(weights[name]) for name in names]
-    else:
-        values = [float(weight) for weight in weights]
-    if len(values) != len(names) or not all(0 < value < float("inf") for value in values):
-        raise UserError(f"data.task_weights: {weights} is not one positive number for each of {', '.join(names)}.")
-    mean = sum(values) / len(values)
-    return [value / mean for value in values]
-
-
 def _aligned(paths: list[str] | str | None, tasks: list[Task]) -> list[Task]:
     """The validation tasks, each named as a training task."""
     if paths is None:
@@ -303,6 +282,3 @@ def _refuse_not_yet(settings: dict[str, tuple[Any, bool, str]]) -> None:
     for key, (value, refused, instead) in settings.items():
         if refused:
             raise NotYetError(f"data.{key}", value, instead)
-
-
-__all__ = ["SPLITS", "MFTDataModule", "parse_task_weights"]

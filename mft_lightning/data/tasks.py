@@ -1,4 +1,4 @@
-"""Task directories and their split into training, validation and test conversations."""
+"""Task directories, their weights, and their split into training, validation and test conversations."""
 
 from __future__ import annotations
 
@@ -81,6 +81,27 @@ def parse_shares(data_split: str) -> tuple[float, float, float]:
         )
     total = sum(shares)
     return shares[0] / total, shares[1] / total, shares[2] / total
+
+
+def parse_task_weights(weights: dict[str, float] | list[float] | None, names: list[str]) -> list[float] | None:
+    """Weights in the order of ``names``, scaled to mean 1; None where none are given.
+
+    Raises:
+        UserError: a task without a weight, an unknown task, or a weight that is not positive.
+    """
+    if weights is None:
+        return None
+    if isinstance(weights, dict):
+        if set(weights) != set(names):
+            wrong = sorted(set(weights) ^ set(names))
+            raise UserError(f"data.task_weights: give one weight for each of {', '.join(names)} (see {wrong}).")
+        values = [float(weights[name]) for name in names]
+    else:
+        values = [float(weight) for weight in weights]
+    if len(values) != len(names) or not all(0 < value < float("inf") for value in values):
+        raise UserError(f"data.task_weights: {weights} is not one positive number for each of {', '.join(names)}.")
+    mean = sum(values) / len(values)
+    return [value / mean for value in values]
 
 
 def split_records(count: int, shares: Sequence[float], seed: int, task: str) -> np.ndarray:

@@ -24,7 +24,7 @@ from mft_lightning.model.build import (
 )
 from mft_lightning.model.export import base_digest, trained_names
 from mft_lightning.model.metrics import TaskSums
-from mft_lightning.model.optim import SchedulerType, learning_rate_factor, parameter_groups
+from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, put_in_force
 from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.settings import CobaSettings, LoraSettings, QLoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM, SupervisedNLL
@@ -126,20 +126,8 @@ class MFTModule(L.LightningModule):
             raise NotYetError("model.attn_implementation", "flex_attention", "Use sdpa or eager.")
         if attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
             raise UserError("model.attn_implementation: flash_attention_2 needs a CUDA GPU. Use sdpa.")
-        if not 0 <= min_lr <= learning_rate or learning_rate <= 0:
-            raise UserError(f"model.min_lr: {min_lr} is not between 0 and model.learning_rate: {learning_rate}.")
-        if num_warmup_steps < 0:
-            raise UserError(f"model.num_warmup_steps: {num_warmup_steps} is negative.")
-        positive = {"lr_power": lr_power, "lr_num_cycles": lr_num_cycles, "adam_epsilon": adam_epsilon}
-        positive |= {} if pad_vocab_to_multiple_of is None else {"pad_vocab_to_multiple_of": pad_vocab_to_multiple_of}
-        for key, value in positive.items():
-            if value <= 0:
-                raise UserError(f"model.{key}: {value} is not above 0.")
-        if weight_decay < 0 or not (0 <= adam_beta1 < 1 and 0 <= adam_beta2 < 1):
-            raise UserError(
-                f"model: weight_decay {weight_decay} must not be negative, adam_beta1 {adam_beta1} and adam_beta2 "
-                f"{adam_beta2} must be in [0, 1)."
-            )
+        if pad_vocab_to_multiple_of is not None and pad_vocab_to_multiple_of < 1:
+            raise UserError(f"model.pad_vocab_to_multiple_of: {pad_vocab_to_multiple_of} is less than 1.")
         if peft_type is None and lora != LoraSettings():
             raise UserError("model.lora: is set, but model.peft_type is null. Set model.peft_type: lora.")
         self.source = ModelSource(
@@ -154,11 +142,18 @@ class MFTModule(L.LightningModule):
         self.peft_type, self.lora = peft_type, lora
         self.checkpoint_activations = checkpoint_activations
         self.pad_vocab_to_multiple_of = pad_vocab_to_multiple_of
-        self.learning_rate, self.min_lr = learning_rate, min_lr
-        self.num_warmup_steps, self.lr_scheduler_type = num_warmup_steps, lr_scheduler_type
-        self.lr_power, self.lr_num_cycles = lr_power, lr_num_cycles
-        self.weight_decay = weight_decay
-        self.betas, self.adam_epsilon = (adam_beta1, adam_beta2), adam_epsilon
+        self.optim = OptimizerSettings(
+            learning_rate=learning_rate,
+            min_lr=min_lr,
+            num_warmup_steps=num_warmup_steps,
+            lr_scheduler_type=lr_scheduler_type,
+            lr_power=lr_power,
+            lr_num_cycles=lr_num_cycles,
+            weight_decay=weight_decay,
+            adam_beta1=adam_beta1,
+            adam_beta2=adam_beta2,
+            adam_epsilon=adam_epsilon,
+        )
         self.weighted_loss_mode = weighted_loss_mode
         self.strict_loading = peft_type is None  # an adapter's checkpoint holds the adapter alone
         self.network: SupervisedLM | None = None
@@ -224,32 +219,14 @@ class MFTModule(L.LightningModule):
         self.build(self.datamodule)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self, self.weight_decay),
-            lr=self.learning_rate,
-            betas=self.betas,
-            eps=self.adam_epsilon,
-        )
-        factor = learning_rate_factor(
-            self.lr_scheduler_type,
-            warmup_steps=self.num_warmup_steps,
-            total_steps=self.total_steps(),
-            min_ratio=self.min_lr / self.learning_rate,
-            power=self.lr_power,
-            num_cycles=self.lr_num_cycles,
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        self.optimizer_settings = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        optimizer, scheduler = self.optim.build(self, self.total_steps())
+        self.group_settings = group_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
         """Put the configured rates and decays in force, where Lightning restored those of the checkpoint's run."""
         (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
-        scheduler = cast(torch.optim.lr_scheduler.LambdaLR, config.scheduler)
-        scheduler.base_lrs = [settings["initial_lr"] for settings in self.optimizer_settings]
-        for i, (group, settings) in enumerate(zip(optimizer.param_groups, self.optimizer_settings, strict=True)):
-            group.update(settings)
-            group["lr"] = scheduler.base_lrs[i] * scheduler.lr_lambdas[i](scheduler.last_epoch)
+        put_in_force(self.group_settings, optimizer, cast(torch.optim.lr_scheduler.LambdaLR, config.scheduler))
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run. ``trainer.estimated_stepping_batches`` would build the loaders early and

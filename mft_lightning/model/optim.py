@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from mft_lightning.errors import UserError
 
@@ -20,6 +23,72 @@ SchedulerType = Literal[
     "log_warmup_linear_decay",
 ]
 SCHEDULERS: tuple[str, ...] = get_args(SchedulerType)
+
+
+@dataclass(kw_only=True)
+class OptimizerSettings:
+    """AdamW and its learning rate; :class:`~mft_lightning.model.module.MFTModule` documents the keys.
+
+    Raises:
+        UserError: a value that cannot work, naming its key.
+    """
+
+    learning_rate: float
+    min_lr: float
+    num_warmup_steps: int
+    lr_scheduler_type: SchedulerType
+    lr_power: float
+    lr_num_cycles: int
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+
+    def __post_init__(self) -> None:
+        for key in ("learning_rate", "lr_power", "lr_num_cycles", "adam_epsilon"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"model.{key}: {getattr(self, key)} is not above 0.")
+        for key in ("num_warmup_steps", "weight_decay"):
+            if getattr(self, key) < 0:
+                raise UserError(f"model.{key}: {getattr(self, key)} is negative.")
+        for key in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"model.{key}: {getattr(self, key)} is not in [0, 1).")
+        if not 0 <= self.min_lr <= self.learning_rate:
+            raise UserError(
+                f"model.min_lr: {self.min_lr} is not between 0 and model.learning_rate: {self.learning_rate}."
+            )
+
+    def build(self, module: nn.Module, total_steps: int) -> tuple[AdamW, LambdaLR]:
+        """The optimizer of a module's trainable parameters, and its schedule over ``total_steps``."""
+        optimizer = AdamW(
+            parameter_groups(module, self.weight_decay),
+            lr=self.learning_rate,
+            betas=(self.adam_beta1, self.adam_beta2),
+            eps=self.adam_epsilon,
+        )
+        factor = learning_rate_factor(
+            self.lr_scheduler_type,
+            warmup_steps=self.num_warmup_steps,
+            total_steps=total_steps,
+            min_ratio=self.min_lr / self.learning_rate,
+            power=self.lr_power,
+            num_cycles=self.lr_num_cycles,
+        )
+        return optimizer, LambdaLR(optimizer, factor)
+
+
+def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The rates and decays of each parameter group."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def put_in_force(settings: list[dict[str, Any]], optimizer: Optimizer, scheduler: LambdaLR) -> None:
+    """Set an optimizer's rates and decays to ``settings`` (of :func:`group_settings`), at the schedule's step."""
+    scheduler.base_lrs = [group["initial_lr"] for group in settings]
+    for i, (group, configured) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
+        group.update(configured)
+        group["lr"] = scheduler.base_lrs[i] * scheduler.lr_lambdas[i](scheduler.last_epoch)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -161,12 +161,10 @@ def test_bfloat16(fit: Callable[..., Path], tmp_path: Path, precision: str) -> N
     assert {parameter.dtype for parameter in model.parameters()} == {held}
 
 
-def test_a_profiler_that_was_asked_for_reports(
-    fit: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    fit(tmp_path / "run", "--trainer.profiler", "simple", "--trainer.max_steps", "1")
-    printed = "".join(capfd.readouterr())
-    assert "run_training_batch" in printed and "GPU available" not in printed
+def test_a_profiler_that_was_asked_for_reports(fit_arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = ("--trainer.profiler", "simple", "--trainer.max_steps", "1")
+    result = command("fit", *fit_arguments(tmp_path / "run", *words))
+    assert "run_training_batch" in result.stdout + result.stderr and "GPU available" not in result.stderr
 
 
 @pytest.mark.parametrize("config", ["full.yaml", "lora.yaml", "quickstart.yaml"])
