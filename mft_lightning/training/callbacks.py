@@ -93,7 +93,8 @@ class StepLogging(L.Callback):
         if not (step == 1 or step % self.every == 0 or is_run_end(trainer)):
             return
         metrics = self._metrics(trainer, module, module.last_step)
-        module.log_dict(metrics, logger=False)
+        module.log_dict(metrics, logger=False)  # for callbacks; the loggers get the step the axis is defined by
+        module.log("loss", metrics["train/loss"], prog_bar=True, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
 

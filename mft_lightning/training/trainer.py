@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,7 @@ def fit_trainer(
             tensorboard_logger(tensorboard_dir, resumed_step),
             MetricsCSV(output_dir / "metrics.csv", resumed_step),
         ]
-    bar = _bar(keys)
+    bar = bool(keys.get("enable_progress_bar"))  # plain lines unless it was asked for
     if not bar:
         loggers = [*_listed(loggers or None), PlainLines(total_steps)]
     return _trainer(
@@ -157,7 +156,7 @@ def evaluation_trainer(keys: dict[str, Any], checkpoint_io: HFCheckpointIO, outp
             "callbacks": _listed(keys.get("callbacks")),
             "logger": False,
             "enable_checkpointing": False,
-            "enable_progress_bar": _bar(keys),
+            "enable_progress_bar": bool(keys.get("enable_progress_bar")),
             "plugins": [*_listed(keys.get("plugins")), checkpoint_io],
             "default_root_dir": output_dir,
             "use_distributed_sampler": False,
@@ -183,12 +182,6 @@ def _trainer(keys: dict[str, Any]) -> L.Trainer:
         return L.Trainer(**keys)
     except (MisconfigurationException, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {error}") from error
-
-
-def _bar(keys: dict[str, Any]) -> bool:
-    """A progress bar where someone looks at a terminal, unless the user decided."""
-    given = keys.get("enable_progress_bar")
-    return sys.stdout.isatty() if given is None else given
 
 
 def _listed(value: Any) -> list[Any]:
