@@ -3,6 +3,7 @@
 import logging
 import warnings
 
+import lightning.pytorch.cli  # noqa: F401  # so that its loggers are there to be filtered
 import transformers
 
 _WARNINGS = (
@@ -25,10 +26,10 @@ _ANNOUNCEMENTS = (
 
 def quieten() -> None:
     """Leave out Lightning's announcements of what this program says itself, and transformers' bars for files."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            if _is_news not in handler.filters:
-                handler.addFilter(_is_news)
+    for name in [
+        name for name in logging.root.manager.loggerDict if name.startswith(("lightning", "pytorch_lightning"))
+    ]:
+        logging.getLogger(name).addFilter(_is_news)  # a filter is kept once, however often it is added
     transformers.utils.logging.disable_progress_bar()
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)

@@ -102,6 +102,8 @@ class RunConfig(LightningCLI):
 
     @property
     def output_dir(self) -> Path:
+        if self.config.output_dir == "":
+            raise UserError("output_dir: is empty. Give a directory.")
         if self.config.output_dir is not None:
             return Path(self.config.output_dir).expanduser().absolute()
         configs = self.config.get("config") or []

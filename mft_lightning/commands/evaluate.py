@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from mft_lightning.errors import UserError
-from mft_lightning.model.module import FROZEN_BASE
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.training.checkpoint_dirs import check_same_run, resolve_checkpoint
@@ -38,7 +37,7 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
     checkpoint_io = HFCheckpointIO(module)
     if checkpoint is not None:
         checkpoint_io.preload(checkpoint.path)
-        check_same_run(checkpoint.path, {FROZEN_BASE: module.base_digest})
+        check_same_run(checkpoint.path, module.description)
     trainer = evaluation_trainer(config.trainer_keys(config.config_init), checkpoint_io, config.output_dir)
     refuse_several_ranks(trainer)
     run = trainer.validate if command == "validate" else trainer.test

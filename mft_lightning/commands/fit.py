@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.training.callbacks import GracefulStop
+from mft_lightning.training.checkpoint import SUPERSEDED
 from mft_lightning.training.checkpoint_dirs import (
     CheckpointInfo,
     check_same_run,
@@ -56,6 +58,11 @@ def fit(argv: list[str]) -> None:
         checkpoint_io.preload(resumed.path)
         check_same_run(resumed.path, module.fingerprint(datamodule))
     total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])
+    if resumed is not None and resumed.step >= total_steps:
+        print(
+            f"nothing to do: {resumed.path.name} is at the end, raise trainer.max_steps or trainer.max_epochs to go on"
+        )
+        return
     stop = GracefulStop()
     trainer = fit_trainer(
         keys,
@@ -72,8 +79,6 @@ def fit(argv: list[str]) -> None:
     plan = run_plan(trainer, module, datamodule, total_steps=total_steps, output_dir=config.output_dir, resumed=resumed)
     print(plan, flush=True)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)
-    if resumed is not None and trainer.global_step == resumed.step:
-        print("nothing to do: the run is at its end; raise trainer.max_steps or trainer.max_epochs to go on")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set in one of its connectors
         if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
             print(f"stopped early: {callback.monitor} has not improved for {callback.patience} validation(s)")
@@ -108,7 +113,8 @@ def _resumed(config: RunConfig) -> CheckpointInfo | None:
         resumed = resolve_checkpoint(given, output_dir, checkpoint.monitor, checkpoint.mode)
         if resumed is None:
             print(f"--ckpt_path last: no checkpoint in {output_dir} yet; starting at step 0.", flush=True)
-        if resumed is None or output_dir.resolve() in resumed.path.resolve().parents:
+        own = (output_dir.resolve(), (output_dir / SUPERSEDED).resolve())
+        if resumed is None or resumed.path.resolve().parent in own:
             return resumed
     if _holds_run(output_dir):
         raise UserError(
@@ -127,6 +133,12 @@ def _holds_run(directory: Path) -> bool:
 
 
 def _check_writable(directory: Path) -> None:
+    """A directory that is there is only looked at; of one that is not, its parent is tried."""
     existing = next(path for path in (directory, *directory.parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"output_dir: {directory} cannot be written: {existing} is no directory one can write to.")
+    try:
+        if existing != directory:
+            tempfile.TemporaryDirectory(dir=existing).cleanup()
+        elif not os.access(existing, os.W_OK) or not existing.is_dir():
+            raise PermissionError(f"{existing} is no directory one can write to")
+    except OSError as error:
+        raise UserError(f"output_dir: {directory} cannot be written ({error}).") from error

@@ -32,8 +32,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.pretrained_model_path: no tokenizer in {path!r} ({first_line(error)}). Give a directory that "
-            "holds tokenizer files, a hub id that can be reached, or model.tokenizer_path."
+            f"model.tokenizer_path (default: model.pretrained_model_path): no tokenizer in {path!r} "
+            f"({first_line(error)}). Give a directory that holds tokenizer files, or a hub id that can be reached."
         ) from error
     vocabulary = tokenizer.get_vocab()
     for key, token in (("data.eos_token", eos_token), ("data.pad_token", pad_token)):

@@ -69,25 +69,28 @@ def build_causal_lm(source: ModelSource) -> PreTrainedModel:
     Raises:
         UserError: weights that are missing, damaged or of other shapes.
     """
+    key = "model.pretrained_model_path"
     config = load_config(source.path, source.model_type, source.trust_remote_code)
     sliced = source.attn_implementation == "sdpa" and config.model_type in SLICED_MODEL_TYPES
     options: dict[str, Any] = {
         "attn_implementation": SDPA_BY_CONVERSATION if sliced else source.attn_implementation,
         "trust_remote_code": source.trust_remote_code,
     }
-    if source.init == "random":
-        with seeded(source.seed):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-        return model.to(source.dtype).train()
-    key = "model.pretrained_model_path"
+    loaded: Any
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        if source.init == "random":
+            with seeded(source.seed):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
+            return model.to(source.dtype).train()
+        loaded = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=source.dtype, output_loading_info=True, **options
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        hint = "For a model without weights set model.init: random."
+        if "attention" in str(error):
+            hint = "Another model.attn_implementation may do: eager."
         raise UserError(
-            f"{key}: the weights in {source.path!r} cannot be loaded ({first_line(error)}). "
-            "For a model without weights set model.init: random."
+            f"{key}: the model in {source.path!r} cannot be loaded ({first_line(error)}). {hint}"
         ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -76,7 +78,11 @@ def load_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:
 def _load_full(directory: Path) -> dict[str, Tensor]:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory}: holds no full model. Was it saved with model.peft_type: lora?")
-    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").state_dict()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # else they would be drawn at random
+        raise UserError(f"{directory}: lacks {len(missing)} weights of the model, first {missing[0]}.")
+    return model.state_dict()
 
 
 def _load_adapter(model: PeftModel, directory: Path) -> dict[str, Tensor]:
@@ -85,6 +91,19 @@ def _load_adapter(model: PeftModel, directory: Path) -> dict[str, Tensor]:
     saved = load_file(directory / ADAPTER_FILE)
     live = {name.replace(".default.", "."): name for name in trained_names(model)}  # peft saves without its own name
     return {live.get(name, name): tensor for name, tensor in saved.items()}
+
+
+def describe(model: nn.Module, causal_lm: PreTrainedModel) -> dict[str, Any]:
+    """What weights alone do not say of a model, by name: its configuration, its adapters, its frozen base."""
+    settings = causal_lm.config.to_dict()
+    for key in ("_name_or_path", "dtype", "transformers_version", "use_cache", "eos_token_id", "pad_token_id"):
+        settings.pop(key, None)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    adapter = None
+    if isinstance(model, PeftModel):
+        lora: Any = model.peft_config["default"]
+        adapter = f"r {lora.r}, alpha {lora.lora_alpha:g}, on {', '.join(sorted(lora.target_modules))}"
+    return {"model configuration (digest)": digest, "model.lora": adapter, "frozen base (digest)": base_digest(model)}
 
 
 def base_digest(model: nn.Module) -> str | None:

@@ -22,7 +22,7 @@ from mft_lightning.model.build import (
     load_config,
     saved_path,
 )
-from mft_lightning.model.export import base_digest, trained_names
+from mft_lightning.model.export import describe, trained_names
 from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, put_in_force
 from mft_lightning.model.probe import check_assumptions
@@ -31,7 +31,6 @@ from mft_lightning.model.supervised_loss import SupervisedLM, SupervisedNLL
 from mft_lightning.shipped import shipped_example
 from mft_lightning.weighting.static import STATIC_MODES, TASK_WEIGHTED_MODES, coefficients
 
-FROZEN_BASE = "frozen base (digest)"
 NETWORK = "network.model."  # where the causal LM's weights stand in this module's state
 
 
@@ -208,12 +207,12 @@ class MFTModule(L.LightningModule):
             self.network = SupervisedLM(
                 add_lora(model, self.lora, base_path=saved_path(base_path), seed=self.source.seed) if frozen else model
             )
-            self.base_digest = base_digest(self.network.model)
+            self.description = describe(self.network.model, self.network.causal_lm)
         return self.network
 
     def fingerprint(self, datamodule: MFTDataModule) -> dict[str, Any]:
         """What decides a run's steps, by key; a checkpoint resumes only on the same."""
-        return {**datamodule.fingerprint(), FROZEN_BASE: self.base_digest}
+        return {**datamodule.fingerprint(), **self.description}
 
     def configure_model(self) -> None:
         self.build(self.datamodule)

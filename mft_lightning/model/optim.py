@@ -46,11 +46,11 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         for key in ("learning_rate", "lr_power", "lr_num_cycles", "adam_epsilon"):
-            if getattr(self, key) <= 0:
-                raise UserError(f"model.{key}: {getattr(self, key)} is not above 0.")
+            if not 0 < getattr(self, key) < math.inf:
+                raise UserError(f"model.{key}: {getattr(self, key)} is no number above 0.")
         for key in ("num_warmup_steps", "weight_decay"):
-            if getattr(self, key) < 0:
-                raise UserError(f"model.{key}: {getattr(self, key)} is negative.")
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(f"model.{key}: {getattr(self, key)} is no number from 0 on.")
         for key in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, key) < 1:
                 raise UserError(f"model.{key}: {getattr(self, key)} is not in [0, 1).")

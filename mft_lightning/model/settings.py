@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,10 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise UserError(f"model.lora.r: {self.r} is less than 1.")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"model.lora.alpha: {self.alpha} is no number above 0.")
+        if self.target_modules is not None and not self.target_modules:
+            raise UserError("model.lora.target_modules: is empty. Leave it out for GPT-NeoX's four.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.lora.dropout: {self.dropout} is not in [0, 1).")
         for key in ("use_rslora", "use_dora"):

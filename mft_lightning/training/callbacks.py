@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import time
@@ -102,6 +103,11 @@ class StepLogging(L.Callback):
         loss, *nll = trainer.strategy.reduce(torch.cat([result.loss[None], result.nll]), reduce_op="sum").tolist()
         names = module.datamodule.task_names
         assert result.grad_norm is not None
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {trainer.global_step}: train/loss is {loss}. Lower model.learning_rate, and go on from an "
+                "earlier checkpoint with --ckpt_path."
+            )
         now = time.perf_counter()
         metrics = {"train/loss": loss}
         for name, task_nll, tokens in zip(names, nll, result.task_supervised.tolist(), strict=True):
@@ -122,6 +128,10 @@ class ConfiguredEarlyStopping(EarlyStopping):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict({**state_dict, "patience": self.patience})
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that had stopped early, resumed as it was, takes no further step."""
+        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
+
 
 @dataclass(kw_only=True)
 class EarlyStoppingSettings:
@@ -138,8 +148,8 @@ class EarlyStoppingSettings:
     def __post_init__(self) -> None:
         if self.patience < 1 and self.patience != -1:
             raise UserError(f"early_stopping.patience: {self.patience} is neither at least 1 nor -1 (never).")
-        if self.min_delta < 0:
-            raise UserError(f"early_stopping.min_delta: {self.min_delta} is negative.")
+        if not 0 <= self.min_delta < math.inf:
+            raise UserError(f"early_stopping.min_delta: {self.min_delta} is no number from 0 on.")
 
     def callback(self, checkpoint: CheckpointSettings) -> EarlyStopping:
         """Lightning's EarlyStopping on the metric that decides the best checkpoint."""

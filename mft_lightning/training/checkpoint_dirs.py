@@ -12,6 +12,7 @@ from mft_lightning.errors import UserError
 
 METADATA, TRAINER_STATE = "checkpoint.json", "trainer.pt"
 FORMAT_VERSION = 1
+FIELDS = {"step": int, "epoch_end": bool, "metrics": dict, "fingerprint": dict, "chat_format": dict}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,9 @@ def read_metadata(directory: Path) -> dict[str, Any]:
         raise UserError(
             f"{file}: format {metadata.get('format')!r} is not {FORMAT_VERSION}, the one this version reads."
         )
+    wrong = [key for key, kind in FIELDS.items() if not isinstance(metadata.get(key), kind)]
+    if wrong:
+        raise UserError(f"{file}: is damaged ({', '.join(wrong)}).")
     return metadata
 
 

@@ -21,6 +21,10 @@ from mft_lightning.model.export import load_state, save_model
 from mft_lightning.model.module import NETWORK, MFTModule
 from mft_lightning.training.checkpoint_dirs import FORMAT_VERSION, METADATA, TRAINER_STATE, read_metadata
 
+# what Lightning needs of its dictionary to go on
+TRAINER_KEYS = {"global_step", "epoch", "loops", "callbacks", "optimizer_states", "lr_schedulers"}
+TRAINER_KEYS |= {"pytorch-lightning_version"}
+
 
 class HFCheckpointIO(CheckpointIO):
     """Writes and reads checkpoint directories for one module.
@@ -94,8 +98,13 @@ class HFCheckpointIO(CheckpointIO):
         assert self.module.network is not None
         try:
             checkpoint = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(f"{path / TRAINER_STATE}: is damaged ({first_line(error)}).") from error
+        if not isinstance(checkpoint, dict) or (missing := TRAINER_KEYS - checkpoint.keys()):
+            what = f"lacks {', '.join(sorted(missing))}" if isinstance(checkpoint, dict) else "is no dictionary"
+            raise UserError(f"{path / TRAINER_STATE}: is damaged ({what}).")
+        if checkpoint["global_step"] != read_metadata(path)["step"]:
+            raise UserError(f"{path}: {TRAINER_STATE} is of step {checkpoint['global_step']}, {METADATA} of another.")
         state = load_state(self.module.network.model, path)
         checkpoint["state_dict"] = {NETWORK + name: value for name, value in state.items()}
         return checkpoint

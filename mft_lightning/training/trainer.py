@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,8 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
             raise UserError(f"trainer.{key}: {keys[key]} has no effect here. Use {here}.")
     for key, least in (("log_every_n_steps", 1), ("gradient_clip_val", 0), ("max_steps", 1), ("max_epochs", 1)):
         value = keys.get(key)
-        if value is not None and value < least and not (key.startswith("max_") and value == -1):
-            raise UserError(f"trainer.{key}: {value} is less than {least}.")
+        if value is not None and not least <= value < math.inf and not (key.startswith("max_") and value == -1):
+            raise UserError(f"trainer.{key}: {value} is no number from {least} on.")
     if keys.get("gradient_clip_algorithm") == "value":
         raise UserError("trainer.gradient_clip_algorithm: value is not supported; gradients are clipped by norm.")
     if keys.get("precision") == "16-mixed" and not torch.cuda.is_available():
@@ -180,7 +181,7 @@ def _timer(duration: Any) -> Timer:
 def _trainer(keys: dict[str, Any]) -> L.Trainer:
     try:
         return L.Trainer(**keys)
-    except (MisconfigurationException, ModuleNotFoundError) as error:
+    except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
 
 

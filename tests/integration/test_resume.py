@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mft_lightning.cli import main
@@ -173,6 +174,63 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(
     assert everything(run) == before
 
 
+def test_a_checkpoint_that_lacks_a_weight_is_not_filled_at_random(
+    fit: Callable[..., Path],
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2")
+    file = run / "step-00000002" / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("gpt_neox.layers.1.mlp.dense_h_to_4h.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    for command_name in ("fit", "validate"):
+        assert main([command_name, *fit_arguments(run, "--ckpt_path", "last")]) == 1
+        assert "lacks 1 weights of the model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [{}, [1], {"global_step": 2}, "loops"])
+def test_a_trainer_state_that_is_not_whole_is_refused(
+    fit: Callable[..., Path],
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: object,
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2")
+    file = run / "step-00000002" / "trainer.pt"
+    if content == "loops":
+        content = torch.load(file, weights_only=True)
+        content.pop("loops")
+    torch.save(content, file)
+    before = everything(run)
+    assert main(["fit", *fit_arguments(run, "--ckpt_path", "last")]) == 1
+    assert "trainer.pt: is damaged" in capsys.readouterr().err
+    assert everything(run) == before
+
+
+def test_another_function_over_the_same_weights_is_refused(
+    fit: Callable[..., Path],
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2", config="lora.yaml")
+    words = ("--model.lora.alpha", "320", "--ckpt_path", "last")
+    for command_name in ("fit", "validate"):
+        assert main([command_name, *fit_arguments(run, *words, config="lora.yaml")]) == 1
+        assert "alpha 32, on" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    fit_arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--model.learning_rate", "1e20", "--trainer.gradient_clip_val", "null")
+    assert main(["fit", *fit_arguments(tmp_path / "run", *words)]) == 1
+    assert "train/loss is nan" in capsys.readouterr().err
+
+
 def test_adapters_of_another_rank_are_refused(
     fit: Callable[..., Path],
     fit_arguments: Callable[..., list[str]],
@@ -193,6 +251,8 @@ def test_a_changed_patience_counts_after_a_resume(
     run = fit(tmp_path / "run", *still, "--early_stopping.patience", "1")
     assert checkpoints(run)[-1] == "step-00000002"
     assert "stopped early" in capsys.readouterr().out
+    fit(run, *still, "--early_stopping.patience", "1", "--ckpt_path", "last")
+    assert checkpoints(run)[-1] == "step-00000002"
     fit(run, *still, "--early_stopping.patience", "4", "--ckpt_path", "last")
     assert checkpoints(run)[-1] == "step-00000005"
 
@@ -201,10 +261,10 @@ def test_a_finished_run_has_nothing_to_do(
     fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = fit(tmp_path / "run", "--trainer.max_steps", "2")
-    kept = metrics(run), checkpoints(run)
+    before = everything(run)
     fit(run, "--trainer.max_steps", "2", "--ckpt_path", "last")
     assert "nothing to do" in capsys.readouterr().out
-    assert (metrics(run), checkpoints(run)) == kept
+    assert everything(run) == before
 
 
 def test_the_saved_configuration_goes_on_with_the_run(fit: Callable[..., Path], tmp_path: Path) -> None:

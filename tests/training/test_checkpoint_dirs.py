@@ -32,6 +32,7 @@ def write(output_dir: Path, step: int, loss: float | None = None) -> None:
     directory.mkdir(parents=True)
     metrics = {} if loss is None else {"val/loss": loss}
     metadata = {"format": 1, "step": step, "epoch_end": False, "metrics": metrics, "fingerprint": FINGERPRINT}
+    metadata["chat_format"] = {"normalize_punctuation": False}
     (directory / "checkpoint.json").write_text(json.dumps(metadata))
 
 
@@ -108,7 +109,7 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
         resolve_checkpoint("last", tmp_path, "val/loss", "min")
 
 
-@pytest.mark.parametrize("content", ["[]", "{", "null", '{"format": 1'])
+@pytest.mark.parametrize("content", ["[]", "{", "null", '{"format": 1', '{"format": 1}', '{"format": 1, "step": "10"}'])
 def test_a_damaged_description_is_no_checkpoint(tmp_path: Path, content: str) -> None:
     write(tmp_path, 10)
     (tmp_path / directory_name(10) / "checkpoint.json").write_text(content)
