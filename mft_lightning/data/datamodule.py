@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
@@ -218,6 +219,7 @@ class MFTDataModule(L.LightningDataModule):
             seed=self.seed,
         )
 
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What decides the global batches, by config key; a checkpoint resumes only on the same."""
         table = self.table("train")

@@ -212,7 +212,7 @@ class MFTModule(L.LightningModule):
 
     def fingerprint(self, datamodule: MFTDataModule) -> dict[str, Any]:
         """What decides a run's steps, by key; a checkpoint resumes only on the same."""
-        return {**datamodule.fingerprint(), **self.description}
+        return {**datamodule.fingerprint, **self.description}
 
     def configure_model(self) -> None:
         self.build(self.datamodule)

@@ -69,6 +69,27 @@ def fit(fit_arguments: Callable[..., list[str]]) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture
+def refused(fit_arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end with one message and exit code 1 and leave ``output_dir`` as it is; the message."""
+
+    def run(output_dir: Path, *words: str, config: str = "full.yaml", command: str = "fit") -> str:
+        before = everything(output_dir)
+        capsys.readouterr()
+        assert main([command, *fit_arguments(output_dir, *words, config=config)]) == 1
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and message.count("\n") <= 12 and "Traceback" not in message
+        assert everything(output_dir) == before
+        return message
+
+    return run
+
+
+def everything(directory: Path) -> list[tuple[Path, int]]:
+    """Every file below a directory, if there is one, with the time it was last written."""
+    return sorted((path, path.stat().st_mtime_ns) for path in directory.rglob("*")) if directory.exists() else []
+
+
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for file in checkpoint.glob("*.safetensors"):

@@ -14,15 +14,6 @@ from tests.integration.conftest import command
 GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
 
 
-def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], output_dir: Path) -> str:
-    capsys.readouterr()
-    assert main(["fit", *arguments]) == 1
-    assert not output_dir.exists()
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") <= 12 and "Traceback" not in message
-    return message
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -90,13 +81,12 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], output_dir
     ],
 )
 def test_a_setting_that_cannot_work(
-    fit_arguments: Callable[..., list[str]],
+    refused: Callable[..., str],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     words: tuple[str, ...],
     message: str,
 ) -> None:
-    assert message in refused(capsys, fit_arguments(tmp_path / "run", *words), tmp_path / "run")
+    assert message in refused(tmp_path / "run", *words)
 
 
 @pytest.mark.parametrize(
@@ -111,15 +101,14 @@ def test_a_setting_that_cannot_work(
     ],
 )
 def test_a_bad_line_is_named(
-    fit_arguments: Callable[..., list[str]],
+    refused: Callable[..., str],
     write_task: Callable[..., str],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     records: list[object],
     message: str,
 ) -> None:
     words = ("--data.data_paths", f"[{write_task('broken', records)}]")
-    assert message in refused(capsys, fit_arguments(tmp_path / "run", *words), tmp_path / "run")
+    assert message in refused(tmp_path / "run", *words)
 
 
 def test_bad_lines_are_counted_when_skipped(
@@ -133,9 +122,7 @@ def test_bad_lines_are_counted_when_skipped(
     assert "1 invalid-json, 1 overlong" in printed and "part.jsonl:8" in printed and "part.jsonl:10" in printed
 
 
-def test_no_causal_lm(
-    fit_arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model: Path
-) -> None:
+def test_no_causal_lm(refused: Callable[..., str], tmp_path: Path, tiny_model: Path) -> None:
     model = tmp_path / "classifier"
     model.mkdir()
     for file in tiny_model.iterdir():
@@ -143,40 +130,27 @@ def test_no_causal_lm(
     about = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(about | {"architectures": ["GPTNeoXForSequenceClassification"]}))
     words = ("--model.pretrained_model_path", str(model))
-    assert "no causal language model" in refused(capsys, fit_arguments(tmp_path / "run", *words), tmp_path / "run")
+    assert "no causal language model" in refused(tmp_path / "run", *words)
 
 
-def test_an_output_directory_that_is_a_file(
-    fit_arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_output_directory_that_is_a_file(refused: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert main(["fit", *fit_arguments(tmp_path / "file" / "run")]) == 1
-    assert "cannot be written" in capsys.readouterr().err
+    assert "cannot be written" in refused(tmp_path / "file" / "run")
 
 
 def test_curves_of_two_runs_are_not_mixed(
-    fit: Callable[..., Path],
-    fit_arguments: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     words = ("--tensorboard_dir", str(tmp_path / "curves"), "--trainer.max_steps", "1")
     fit(tmp_path / "run", *words)
-    assert "holds another run's curves" in refused(capsys, fit_arguments(tmp_path / "two", *words), tmp_path / "two")
+    assert "holds another run's curves" in refused(tmp_path / "two", *words)
 
 
 def test_an_output_directory_that_holds_a_run(
-    fit: Callable[..., Path],
-    fit_arguments: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
-    run = fit(tmp_path / "run", "--trainer.max_steps", "1")
-    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
-    assert main(["fit", *fit_arguments(run)]) == 1
-    message = capsys.readouterr().err
+    message = refused(fit(tmp_path / "run", "--trainer.max_steps", "1"))
     assert "--ckpt_path last" in message and "--output_dir" in message
-    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
 
 
 def test_the_process_exits_with_1_and_one_message() -> None:

@@ -15,13 +15,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mft_lightning.cli import main
-from tests.integration.conftest import ROOT, checkpoints, command, metrics, same_weights, user_environment
-
-
-def everything(directory: Path) -> list[tuple[Path, int]]:
-    """Every file with the time it was last written."""
-    return sorted((path, path.stat().st_mtime_ns) for path in directory.rglob("*"))
-
+from tests.integration.conftest import ROOT, checkpoints, command, everything, metrics, same_weights, user_environment
 
 EPOCH_OF_FOUR = ("--data.total_train_batch_size", "300", "--data.per_device_train_batch_size", "75")
 KEEP_ALL = ("--checkpoint.save_total_limit", "null", "--evaluation.steps", "3", "--checkpoint.checkpointing_steps", "2")
@@ -111,41 +105,27 @@ def test_last_without_a_checkpoint_starts_at_zero_and_says_so(
     ],
 )
 def test_resuming_something_else_is_refused(
-    fit: Callable[..., Path],
-    fit_arguments: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    words: tuple[str, ...],
-    message: str,
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
     run = fit(tmp_path / "run", "--trainer.max_steps", "2")
-    before = everything(run)
-    assert main(["fit", *fit_arguments(run, *words, "--ckpt_path", "last")]) == 1
-    assert message in capsys.readouterr().err
-    assert everything(run) == before
+    assert message in refused(run, *words, "--ckpt_path", "last")
 
 
 def test_a_directory_that_holds_another_run_takes_no_checkpoint_from_elsewhere(
-    fit: Callable[..., Path], fit_arguments: Callable[..., list[str]], tmp_path: Path
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     first = fit(tmp_path / "first", "--trainer.max_steps", "2")
     second = fit(tmp_path / "second", "--trainer.max_steps", "2")
-    before = everything(second)
-    assert main(["fit", *fit_arguments(second, "--ckpt_path", str(first / "step-00000002"))]) == 1
-    assert everything(second) == before
+    assert "holds a run already" in refused(second, "--ckpt_path", str(first / "step-00000002"))
 
 
 def test_an_adapter_goes_with_the_base_it_was_trained_on(
-    fit: Callable[..., Path],
-    fit_arguments: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    fit: Callable[..., Path], fit_arguments: Callable[..., list[str]], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     run = fit(tmp_path / "run", "--trainer.max_steps", "2", config="lora.yaml")
-    asked = [*fit_arguments(run, "--ckpt_path", "last", config="lora.yaml")]
-    assert main(["validate", *asked]) == 0
-    assert main(["validate", *asked, "--seed_everything", "7"]) == 1
-    assert "frozen base (digest) was" in capsys.readouterr().err
+    assert main(["validate", *fit_arguments(run, "--ckpt_path", "last", config="lora.yaml")]) == 0
+    other = ("--ckpt_path", "last", "--seed_everything", "7")
+    assert "frozen base (digest) was" in refused(run, *other, config="lora.yaml", command="validate")
 
 
 @pytest.mark.parametrize(
@@ -158,45 +138,29 @@ def test_an_adapter_goes_with_the_base_it_was_trained_on(
     ],
 )
 def test_a_damaged_checkpoint_is_refused_before_anything_changes(
-    fit: Callable[..., Path],
-    fit_arguments: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    file: str,
-    message: str,
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, file: str, message: str
 ) -> None:
     run = fit(tmp_path / "run", "--trainer.max_steps", "2")
     damaged = run / "step-00000002" / file
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
-    before = everything(run)
-    assert main(["fit", *fit_arguments(run, "--ckpt_path", "last")]) == 1
-    assert message in capsys.readouterr().err
-    assert everything(run) == before
+    assert message in refused(run, "--ckpt_path", "last")
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_not_filled_at_random(
-    fit: Callable[..., Path],
-    fit_arguments: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     run = fit(tmp_path / "run", "--trainer.max_steps", "2")
     file = run / "step-00000002" / "model.safetensors"
     tensors = load_file(file)
     tensors.pop("gpt_neox.layers.1.mlp.dense_h_to_4h.weight")
     save_file(tensors, file, metadata={"format": "pt"})
-    for command_name in ("fit", "validate"):
-        assert main([command_name, *fit_arguments(run, "--ckpt_path", "last")]) == 1
-        assert "lacks 1 weights of the model" in capsys.readouterr().err
+    for name in ("fit", "validate"):
+        assert "lacks 1 weights of the model" in refused(run, "--ckpt_path", "last", command=name)
 
 
 @pytest.mark.parametrize("content", [{}, [1], {"global_step": 2}, "loops"])
 def test_a_trainer_state_that_is_not_whole_is_refused(
-    fit: Callable[..., Path],
-    fit_arguments: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    content: object,
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, content: object
 ) -> None:
     run = fit(tmp_path / "run", "--trainer.max_steps", "2")
     file = run / "step-00000002" / "trainer.pt"
@@ -204,23 +168,32 @@ def test_a_trainer_state_that_is_not_whole_is_refused(
         content = torch.load(file, weights_only=True)
         content.pop("loops")
     torch.save(content, file)
-    before = everything(run)
-    assert main(["fit", *fit_arguments(run, "--ckpt_path", "last")]) == 1
-    assert "trainer.pt: is damaged" in capsys.readouterr().err
-    assert everything(run) == before
+    assert "trainer.pt: is damaged" in refused(run, "--ckpt_path", "last")
 
 
 def test_another_function_over_the_same_weights_is_refused(
-    fit: Callable[..., Path],
-    fit_arguments: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     run = fit(tmp_path / "run", "--trainer.max_steps", "2", config="lora.yaml")
-    words = ("--model.lora.alpha", "320", "--ckpt_path", "last")
-    for command_name in ("fit", "validate"):
-        assert main([command_name, *fit_arguments(run, *words, config="lora.yaml")]) == 1
-        assert "alpha 32, on" in capsys.readouterr().err
+    for name in ("fit", "validate"):
+        words = ("--model.lora.alpha", "320", "--ckpt_path", "last")
+        assert "alpha 32, on" in refused(run, *words, config="lora.yaml", command=name)
+
+
+def test_adapters_of_another_rank_are_refused(
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2", config="lora.yaml")
+    words = ("--model.lora.r", "8", "--ckpt_path", "last")
+    assert "holds other weights than this run's model" in refused(run, *words, config="lora.yaml")
+
+
+def test_attention_padding_and_precision_may_change(fit: Callable[..., Path], tmp_path: Path) -> None:
+    """They decide how a step is computed, not which."""
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2")
+    words = ("--model.attn_implementation", "eager", "--data.padding_mode", "padding")
+    fit(run, *words, "--trainer.precision", "bf16-mixed", "--ckpt_path", "last", "--trainer.max_steps", "3")
+    assert checkpoints(run)[-1] == "step-00000003"
 
 
 def test_a_loss_that_is_no_number_ends_the_run(
@@ -229,18 +202,6 @@ def test_a_loss_that_is_no_number_ends_the_run(
     words = ("--model.learning_rate", "1e20", "--trainer.gradient_clip_val", "null")
     assert main(["fit", *fit_arguments(tmp_path / "run", *words)]) == 1
     assert "train/loss is nan" in capsys.readouterr().err
-
-
-def test_adapters_of_another_rank_are_refused(
-    fit: Callable[..., Path],
-    fit_arguments: Callable[..., list[str]],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run = fit(tmp_path / "run", "--trainer.max_steps", "2", config="lora.yaml")
-    words = ("--model.lora.r", "8", "--ckpt_path", "last")
-    assert main(["fit", *fit_arguments(run, *words, config="lora.yaml")]) == 1
-    assert "holds other weights than this run's model" in capsys.readouterr().err
 
 
 def test_a_changed_patience_counts_after_a_resume(
