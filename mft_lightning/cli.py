@@ -17,8 +17,9 @@ COMMANDS = {
     "test": ("mft_lightning.commands.evaluate:test", "measure a checkpoint on the test split"),
     "inspect": ("mft_lightning.commands.inspect:inspect", "show what the model will see and learn from"),
     "generate": ("mft_lightning.commands.generate:generate", "ask a checkpoint"),
+    "merge": ("mft_lightning.commands.merge:merge", "make an adapter and its base one model"),
 }
-NOT_YET = ("predict", "merge", "chat", "convert-config", "prepare", "estimate")
+NOT_YET = ("predict", "chat", "convert-config", "prepare", "estimate")
 
 
 def main(argv: list[str] | None = None) -> int:

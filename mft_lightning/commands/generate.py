@@ -1,107 +1,156 @@
-"""``generate``: ask a checkpoint, full or LoRA, through the encoder that trained it."""
+"""``generate``: ask a checkpoint, full or LoRA, one prompt or a file of conversations, through the encoder that trained."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
-from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.progress import track
 
-from mft_lightning.data.chat_format import ChatFormat
-from mft_lightning.data.records import Turn
-from mft_lightning.data.tokenizer import load_tokenizer
+from mft_lightning.commands.loading import DTYPES, LoadedModel, load_model
+from mft_lightning.data.records import BadRecord, Question, Turn, parse_question, read_lines
 from mft_lightning.errors import UserError, first_line
-from mft_lightning.model.build import adapter_base, is_adapter
+from mft_lightning.model.generation import Answer, GenerationSettings, answer, room
 from mft_lightning.quiet import quieten
-from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata
+
+WINDOW = 8  # batches that are sorted by length together, so that little is padding and answers still come in order
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, where it stands, and its encoded prompt."""
+
+    where: str
+    line: int
+    question: Question
+    prompt: list[int]
 
 
 def generate(argv: list[str]) -> None:
-    """Print the answer to ``--prompt`` and nothing else on stdout."""
+    """Print the answer to ``--prompt``, or a JSON object for every conversation of ``--input``, and nothing else."""
     quieten()
+    options, settings = _options(argv)
+    questions = _read_questions(options)
+    dtype = options.dtype
+    if dtype == "auto" and torch.device(options.device).type == "cpu":
+        dtype = "float32"  # a CPU adds up in float32 anyway, and ties of short numbers would break by batch size
+    loaded = load_model(Path(options.model).expanduser(), "--model", dtype=dtype)
+    asked = [_encoded(loaded, *question) for question in questions]
+    try:
+        loaded.model.to(options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {options.device}: {first_line(error)}") from error
+    torch.manual_seed(options.seed)
+    if options.prompt is not None:
+        (found,) = answer(loaded.model, loaded.tokenizer, [asked[0].prompt], settings)
+        print(_text(loaded, found))
+        return
+    with suppress(BrokenPipeError):  # `generate … | head` is no error
+        for question, found in _answers(loaded, asked, settings, options.batch_size):
+            print(json.dumps(_as_object(loaded, question, found), ensure_ascii=False), flush=True)
+
+
+def _options(argv: list[str]) -> tuple[Namespace, GenerationSettings]:
     parser = ArgumentParser(prog="python -m mft_lightning generate", exit_on_error=False)
     parser.add_argument("--model", type=str, required=True, help="Checkpoint directory, full or LoRA.")
-    parser.add_argument("--prompt", type=str, required=True, help="What the human says.")
-    parser.add_argument("--system", type=str | None, default=None, help="A system turn in front.")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="Most tokens of the answer.")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token; above, samples.")
-    parser.add_argument("--top_p", type=float, default=1.0, help="Sample among the likeliest tokens of this mass.")
-    parser.add_argument("--top_k", type=int, default=0, help="Sample among so many tokens; 0: all.")
-    parser.add_argument("--seed", type=int, default=42, help="Of the sampling.")
-    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--prompt", type=str | None, default=None, help="What the human says.")
+    parser.add_argument("--system", type=str | None, default=None, help="A system turn in front of --prompt.")
+    parser.add_argument(
+        "--input",
+        type=str | None,
+        default=None,
+        help="JSONL of conversations, in any form that training reads. Each that ends with a human turn is answered; of "
+        "one that ends with a bot turn, that turn is asked for again and printed as the reference.",
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="Conversations of --input answered side by side.")
+    parser.add_class_arguments(GenerationSettings)
+    parser.add_argument("--seed", type=int, default=42, help="Of what is drawn at a temperature above 0.")
+    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda.")
+    parser.add_argument(
+        "--dtype", type=str, default="auto", help=f"{', '.join(DTYPES)}. auto: float32 on a CPU, as saved elsewhere."
+    )
     try:
         options = parser.parse_args(argv)
+        settings = GenerationSettings(**{key: options[key] for key in GenerationSettings.__dataclass_fields__})
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-    if options.temperature < 0 or not 0 < options.top_p <= 1 or options.top_k < 0 or options.max_new_tokens < 1:
-        raise UserError("generate: temperature and top_k are at least 0, top_p in (0, 1], max_new_tokens at least 1.")
-    directory = Path(options.model).expanduser()
-    model, tokenizer, chat_format = load_for_generation(directory)
-    turns = [Turn("system", options.system)] if options.system is not None else []
-    sampling = {"do_sample": False}
-    if options.temperature > 0:
-        sampling = {
-            "do_sample": True,
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "top_k": options.top_k,
-        }
-    torch.manual_seed(options.seed)
-    ids = torch.tensor([chat_format.encode_prompt([*turns, Turn("human", options.prompt)])])
+    if (options.prompt is None) == (options.input is None):
+        raise UserError("generate: give either --prompt TEXT or --input FILE.jsonl.")
+    if options.system is not None and options.prompt is None:
+        raise UserError("--system: goes with --prompt. In --input write it as the conversation's system turn.")
+    if options.batch_size < 1:
+        raise UserError(f"--batch_size: {options.batch_size} is less than 1.")
+    if options.dtype not in DTYPES:
+        raise UserError(f"--dtype: {options.dtype!r} is none of {', '.join(DTYPES)}.")
     try:
-        model = model.to(options.device)
+        torch.device(options.device)
     except RuntimeError as error:
         raise UserError(f"--device {options.device}: {first_line(error)}") from error
-    output = model.generate(
-        input_ids=ids.to(options.device),
-        attention_mask=torch.ones_like(ids).to(options.device),
-        max_new_tokens=options.max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **sampling,
-    )
-    print(chat_format.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True))
+    return options, settings
 
 
-def _base_of(directory: Path) -> str:
-    """The base that an adapter names; of a moved run with a random base, the one that moved along."""
-    named, beside = adapter_base(directory), directory.parent / "base"
-    if not Path(named).is_absolute() or Path(named).is_dir():
-        return named
-    if Path(named).name == "base" and beside.is_dir():
-        print(f"note: the adapter's base {named} is gone; using {beside}", file=sys.stderr)
-        return str(beside)
-    raise UserError(f"--model {directory}: its adapter was trained on {named}, which is not there.")
+def _read_questions(options: Namespace) -> list[tuple[str, int, Question]]:
+    """(where, line number, question) of everything that is asked, read before any model is loaded."""
+    if options.prompt is not None:
+        system = [] if options.system is None else [Turn("system", options.system)]
+        return [("--prompt", 1, Question((*system, Turn("human", options.prompt))))]
+    questions = []
+    for line in read_lines(Path(options.input).expanduser()):
+        where = f"{line.file}:{line.number}"
+        try:
+            questions.append((where, line.number, parse_question(line.raw)))
+        except BadRecord as error:
+            raise UserError(f"{where}: {error.detail} [{error.reason}]. Mend the line, or take it out.") from error
+    if not questions:
+        raise UserError(f"--input {options.input}: holds no conversation.")
+    return questions
 
 
-def load_for_generation(directory: Path) -> tuple[Any, PreTrainedTokenizerBase, ChatFormat]:
-    """Model (transformers' or peft's), tokenizer and chat format of a checkpoint, ready to answer.
+def _encoded(loaded: LoadedModel, where: str, line: int, question: Question) -> Asked:
+    prompt = loaded.chat_format.encode_prompt(question.turns)
+    left = room(loaded.model, prompt)
+    if left is not None and left < 1:
+        raise UserError(f"{where}: has {len(prompt)} tokens; the model has {len(prompt) + left} positions. Shorten it.")
+    return Asked(where, line, question, prompt)
 
-    Raises:
-        UserError: the directory is no model, or the base that its adapter names is gone.
-    """
-    if not directory.is_dir():
-        raise UserError(f"--model {directory}: is no directory. Give a checkpoint, like OUTPUT_DIR/step-00000100.")
-    if not is_adapter(directory) and not (directory / "config.json").is_file():
-        raise UserError(f"--model {directory}: holds no model. Give a checkpoint, like OUTPUT_DIR/step-00000100.")
-    model: Any
-    try:
-        if is_adapter(directory):
-            base = _base_of(directory)
-            model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), directory)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
-    except (OSError, ValueError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"--model {directory}: cannot be loaded ({first_line(error)}).") from error
-    tokenizer = load_tokenizer(str(directory))
-    normalize = False
-    if (directory / METADATA).is_file():
-        normalize = read_metadata(directory)["chat_format"]["normalize_punctuation"]
-    return model.eval(), tokenizer, ChatFormat(tokenizer, normalize_punctuation=normalize)
+
+def _answers(
+    loaded: LoadedModel, asked: Sequence[Asked], settings: GenerationSettings, batch_size: int
+) -> Iterator[tuple[Asked, Answer]]:
+    """Every question with its answer, in order."""
+    size = WINDOW * batch_size
+    windows = [asked[i : i + size] for i in range(0, len(asked), size)]
+    screen = Console(stderr=True)
+    for window in track(windows, "answering", console=screen, disable=not screen.is_terminal, transient=True):
+        order = sorted(range(len(window)), key=lambda i: len(window[i].prompt))
+        found: dict[int, Answer] = {}
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = answer(loaded.model, loaded.tokenizer, [window[i].prompt for i in chosen], settings)
+            found |= dict(zip(chosen, batch, strict=True))
+        yield from ((question, found[i]) for i, question in enumerate(window))
+
+
+def _as_object(loaded: LoadedModel, asked: Asked, found: Answer) -> dict[str, Any]:
+    """What is printed of one conversation; ``finish_reason`` is ``stop`` at the eos token, ``length`` at the limit."""
+    about: dict[str, Any] = {
+        "line": asked.line,
+        "prompt": asked.question.turns[-1].content,
+        "answer": _text(loaded, found),
+        "finish_reason": "stop" if found.finished else "length",
+    }
+    if asked.question.reference is not None:
+        about["reference"] = asked.question.reference
+    return about
+
+
+def _text(loaded: LoadedModel, found: Answer) -> str:
+    return loaded.chat_format.decode(found.ids, skip_special_tokens=True)

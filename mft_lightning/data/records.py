@@ -36,6 +36,14 @@ class Conversation:
     text: str | None = None
 
 
+@dataclass(frozen=True)
+class Question:
+    """What is to be answered next, and the answer the record itself gives to it, if it does."""
+
+    turns: tuple[Turn, ...]
+    reference: str | None = None
+
+
 class BadRecord(Exception):
     """A line that is no usable conversation.
 
@@ -93,7 +101,7 @@ def read_lines(file: Path) -> Iterator[Line]:
 
 
 def parse_record(raw: bytes) -> Conversation:
-    """One JSONL line to a conversation.
+    """One JSONL line to a conversation to learn from.
 
     The first of these forms that the object has is read, and its other fields are ignored: ``chat_rounds`` or
     ``messages`` (lists of ``role`` and ``content``), ``prompt`` and ``answer`` (with an optional ``system``), ``text``.
@@ -102,21 +110,55 @@ def parse_record(raw: bytes) -> Conversation:
         BadRecord: with the reason and the field.
     """
     record = _parse_json(raw)
-    for field in ("chat_rounds", "messages"):
-        if field in record:
-            rounds = _rounds(record[field], field)
-            return Conversation(turns=_checked_order(rounds, [f"{field}[{i}]" for i in range(len(rounds))], field))
-    if "prompt" in record or "answer" in record:
-        fields: dict[str, Role] = {"prompt": "human", "answer": "bot"}
-        if record.get("system") is not None:
-            fields = {"system": "system", **fields}
-        turns = [Turn(role, _text(record, field)) for field, role in fields.items()]
-        return Conversation(turns=_checked_order(turns, list(fields), "answer"))
-    if "text" in record:
+    named = _named_turns(record, answered=True)
+    if named is None:
         text = _text(record, "text")
         if not text:
             raise BadRecord("empty-text", "text: is empty")
         return Conversation(text=text)
+    if not any(turn.role == "bot" for _, turn in named):
+        raise BadRecord("no-bot-turn", f"{_field(record)}: has no bot turn to learn from")
+    return Conversation(turns=tuple(turn for _, turn in named))
+
+
+def parse_question(raw: bytes) -> Question:
+    """One JSONL line, in any form that training reads, to what is to be answered next.
+
+    A conversation that ends with a human turn asks for the next; one that ends with a bot turn, as those to train on
+    do, asks for that turn again. ``answer`` may be left out beside ``prompt``.
+
+    Raises:
+        BadRecord: with the reason and the field.
+    """
+    record = _parse_json(raw)
+    named = _named_turns(record, answered=False)
+    if named is None:
+        raise BadRecord("text", "text: is plain text without a turn to answer")
+    turns = [turn for _, turn in named]
+    reference = turns.pop().content if turns and turns[-1].role == "bot" else None
+    if not turns or turns[-1].role != "human":
+        raise BadRecord("no-question", f"{_field(record)}: has no human turn to answer")
+    return Question(tuple(turns), reference)
+
+
+def _field(record: dict[str, Any]) -> str:
+    return next(field for field in ("chat_rounds", "messages", "answer", "prompt") if field in record)
+
+
+def _named_turns(record: dict[str, Any], *, answered: bool) -> list[tuple[str, Turn]] | None:
+    """The turns in order, each with its place in the record; None for a plain ``text``."""
+    for field in ("chat_rounds", "messages"):
+        if field in record:
+            return _checked_order([(f"{field}[{i}]", turn) for i, turn in enumerate(_rounds(record[field], field))])
+    if "prompt" in record or "answer" in record:
+        fields: dict[str, Role] = {"prompt": "human", "answer": "bot"}
+        if record.get("system") is not None:
+            fields = {"system": "system", **fields}
+        if not answered and record.get("answer") is None:
+            del fields["answer"]
+        return _checked_order([(field, Turn(role, _text(record, field))) for field, role in fields.items()])
+    if "text" in record:
+        return None
     raise BadRecord("no-conversation", "has none of the fields chat_rounds, messages, prompt + answer, text")
 
 
@@ -173,15 +215,13 @@ def _rounds(rounds: Any, field: str) -> list[Turn]:
     return turns
 
 
-def _checked_order(turns: list[Turn], names: list[str], field: str) -> tuple[Turn, ...]:
+def _checked_order(named: list[tuple[str, Turn]]) -> list[tuple[str, Turn]]:
     """A system turn only in front; then human and bot in alternation, human first; an answer in every bot turn."""
-    start = 1 if turns and turns[0].role == "system" else 0
-    for i, turn in enumerate(turns[start:], start=start):
-        expected = "human" if (i - start) % 2 == 0 else "bot"
+    start = 1 if named and named[0][1].role == "system" else 0
+    for i, (name, turn) in enumerate(named[start:]):
+        expected = "human" if i % 2 == 0 else "bot"
         if turn.role != expected:
-            raise BadRecord("role-order", f"{names[i]}: is a {turn.role} turn where a {expected} turn must stand")
+            raise BadRecord("role-order", f"{name}: is a {turn.role} turn where a {expected} turn must stand")
         if turn.role == "bot" and not turn.content:
-            raise BadRecord("empty-answer", f"{names[i]}: the bot's answer is empty")
-    if not any(turn.role == "bot" for turn in turns):
-        raise BadRecord("no-bot-turn", f"{field}: has no bot turn to learn from")
-    return tuple(turns)
+            raise BadRecord("empty-answer", f"{name}: the bot's answer is empty")
+    return named

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -121,3 +121,16 @@ def base_state(model: PeftModel) -> dict[str, Tensor]:
     """The frozen base's tensors by the names they had before adapters were added."""
     full = model.get_base_model().state_dict()
     return {name.replace(".base_layer.", "."): tensor for name, tensor in full.items() if ".lora_" not in name}
+
+
+def adapter_dtype(directory: Path) -> str:
+    """The dtype a saved adapter was trained in, like ``float32``.
+
+    Raises:
+        UserError: its weights cannot be read.
+    """
+    try:
+        with safe_open(directory / ADAPTER_FILE, framework="pt") as file:
+            return str(file.get_tensor(next(iter(file.keys()))).dtype).removeprefix("torch.")
+    except (OSError, SafetensorError, StopIteration) as error:
+        raise UserError(f"{directory / ADAPTER_FILE}: cannot be read ({first_line(error)}).") from error

@@ -1,0 +1,157 @@
+"""Answers to encoded prompts, by transformers' ``generate``: batches padded on the left, each answer cut at its eos."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from mft_lightning.errors import UserError
+
+
+@dataclass(kw_only=True)
+class GenerationSettings:
+    """How answers are searched or drawn.
+
+    Args:
+        max_new_tokens: most tokens of an answer; fewer where the model's positions end.
+        temperature: 0 takes the likeliest token every time; above, tokens are drawn.
+        top_p: draw among the likeliest tokens that together have this probability.
+        top_k: draw among so many of the likeliest tokens; 0 among all.
+        repetition_penalty: above 1, tokens that were there before become less likely.
+        num_beams: answers that are followed side by side; 1 follows one.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        for key, least in (("max_new_tokens", 1), ("top_k", 0), ("num_beams", 1)):
+            if getattr(self, key) < least:
+                raise UserError(f"{key}: {getattr(self, key)} is less than {least}.")
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature: {self.temperature} is no number from 0 on.")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: {self.top_p} is no number above 0 and at most 1.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition_penalty: {self.repetition_penalty} is no number above 0.")
+        if self.temperature == 0:
+            for key, without in (("top_p", 1.0), ("top_k", 0)):
+                if getattr(self, key) != without:
+                    raise UserError(
+                        f"{key}: {getattr(self, key)} has no effect at temperature 0, where nothing is drawn. "
+                        "Set temperature too."
+                    )
+
+    def generation_config(self, limit: int, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+        """In transformers' words, for at most ``limit`` tokens; everything else is as without any setting."""
+        drawn: dict[str, Any] = {"do_sample": False}
+        if self.temperature > 0:
+            drawn = {
+                "do_sample": True,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "top_k": self.top_k,
+            }
+        return GenerationConfig(
+            max_new_tokens=limit,
+            num_beams=self.num_beams,
+            repetition_penalty=self.repetition_penalty,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **drawn,
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The ids of an answer without its eos; ``finished`` if the model ended it, not the limit."""
+
+    ids: list[int]
+    finished: bool
+
+
+def room(model: Any, prompt: Sequence[int]) -> int | None:
+    """Tokens that the model's positions leave after ``prompt``; None where they have no end."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if positions is None else positions - len(prompt)
+
+
+@torch.inference_mode()
+def answer(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], settings: GenerationSettings
+) -> list[Answer]:
+    """Answer encoded prompts as one batch.
+
+    Shorter prompts are padded on the left, masked, so that under greedy decoding each gets the answer that it gets
+    alone, up to rounding. The padding repeats the prompt's own first token: a repetition penalty, which reads the ids
+    and no mask (``RepetitionPenaltyLogitsProcessor``), then sees no token that the prompt does not have.
+
+    Args:
+        model: a transformers or peft causal LM in evaluation mode.
+        tokenizer: its eos token ends an answer.
+        prompts: ids of each, at least one token and at least one position less than the model has.
+        settings: how to search or draw.
+
+    Returns:
+        An answer for each prompt, in order.
+    """
+    limits = []
+    for prompt in prompts:
+        left = room(model, prompt)
+        limits.append(settings.max_new_tokens if left is None else min(settings.max_new_tokens, left))
+    answers = _answer_within(min(limits), model, tokenizer, prompts, settings)
+    short = [i for i, found in enumerate(answers) if not found.finished and limits[i] > min(limits)]
+    if short:  # a longer prompt beside them left less room than they have
+        again = answer(model, tokenizer, [prompts[i] for i in short], settings)
+        for i, found in zip(short, again, strict=True):
+            answers[i] = found
+    return answers
+
+
+def _answer_within(
+    limit: int,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+) -> list[Answer]:
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.tensor([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    config = settings.generation_config(limit, tokenizer)
+    with _alone_in_force(config, model):
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=config,
+        )
+    return [_cut(ids, tokenizer.eos_token_id) for ids in output[:, width:].tolist()]
+
+
+@contextmanager
+def _alone_in_force(config: GenerationConfig, model: Any) -> Iterator[None]:
+    """transformers takes whatever ``config`` leaves open from the model's own, peft gives its base its own for good."""
+    holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    own = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = config
+        yield
+    finally:
+        for holder, kept in zip(holders, own, strict=True):
+            holder.generation_config = kept
+
+
+def _cut(ids: list[int], eos: Any) -> Answer:
+    return Answer(ids[: ids.index(eos)], True) if eos in ids else Answer(ids, False)
