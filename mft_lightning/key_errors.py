@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import re
-from collections.abc import Set
+from collections.abc import Sequence, Set
+
+from jsonargparse import ArgumentParser, Namespace
+
+from mft_lightning.errors import UserError
 
 _UNKNOWN = (
     r"unrecognized arguments: --(?P<key>[\w.]+)",
@@ -12,6 +17,19 @@ _UNKNOWN = (
     r"Option '(?P<key>[\w.]+)' is not accepted",
     r"[Kk]ey '(?P<key>[\w.]+)' is not expected",
 )
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+    """The options of a command line.
+
+    Raises:
+        UserError: naming the key, and the nearest right one.
+    """
+    try:
+        return parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+        raise UserError(explain(str(error), known)) from error
 
 
 def explain(message: str, known: Set[str]) -> str:
@@ -33,7 +51,8 @@ def explain(message: str, known: Set[str]) -> str:
         return f"{match['key']}: is missing. Give it in a --config file or on the command line."
     message = re.sub(r"Call to compute_fn of link .*? failed: ", "", message, flags=re.DOTALL)
     message = re.sub(r'Parser key "([\w.]+)":', r"\1:", message)
-    return message.replace("typing.", "").replace("<class 'NoneType'>", "null")
+    message = message.replace("typing.", "").replace("<class 'NoneType'>", "null")
+    return re.sub(r"<class '(\w+)'>", r"\1", message)
 
 
 def _nearest(key: str, known: Set[str]) -> str:

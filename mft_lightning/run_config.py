@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
-from mft_lightning.key_errors import explain
+from mft_lightning.key_errors import parse
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.shipped import shipped_config
@@ -82,11 +81,7 @@ class RunConfig(LightningCLI):
         parser.link_arguments("evaluation.exclude_tasks", "data.exclude_tasks")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        try:
-            self.config = parser.parse_args(_with_shipped_configs(args))
-        except argparse.ArgumentError as error:
-            known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-            raise UserError(explain(str(error), known)) from error
+        self.config = parse(parser, _with_shipped_configs(args))
 
     def before_instantiate_classes(self) -> None:
         check_trainer_keys(self.trainer_keys(self.config))

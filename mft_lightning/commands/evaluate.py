@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from mft_lightning.commands.outcome import task_results
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
+from mft_lightning.screen import say, shown
 from mft_lightning.training.checkpoint_dirs import check_same_run, resolve_checkpoint
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
+from mft_lightning.training.exact_match import ExactMatch, check_exact_match
 from mft_lightning.training.trainer import evaluation_trainer, refuse_several_ranks
 
 
@@ -33,12 +36,15 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
             raise UserError(f"--ckpt_path last: no checkpoint in {config.output_dir}.")
     datamodule.setup(command)
     datamodule.check_evaluation(split)
+    check_exact_match(config.settings.evaluation, datamodule)
     module.build(datamodule, random_base=str(config.output_dir / "base"))
     checkpoint_io = HFCheckpointIO(module)
     if checkpoint is not None:
         checkpoint_io.preload(checkpoint.path)
         check_same_run(checkpoint.path, module.description)
-    trainer = evaluation_trainer(config.trainer_keys(config.config_init), checkpoint_io, config.output_dir)
+    trainer = evaluation_trainer(
+        config.trainer_keys(config.config_init), config.settings, checkpoint_io, config.output_dir
+    )
     refuse_several_ranks(trainer)
     run = trainer.validate if command == "validate" else trainer.test
     run(
@@ -48,6 +54,10 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
         weights_only=True,
         verbose=False,
     )
-    print(f"{split} split, {checkpoint.path if checkpoint else 'before training'}")
-    for name, value in trainer.callback_metrics.items():
-        print(f"{name:40} {float(value):.6f}")
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set in one of its connectors
+    exact = next((callback.counts for callback in callbacks if isinstance(callback, ExactMatch)), None)
+    say(f"{split} split, {shown(checkpoint.path) if checkpoint else 'before training'}")
+    say(task_results(datamodule, split, metrics, exact=exact))
+    name = f"{'val' if command == 'validate' else 'test'}/loss"
+    say(f"{name} {metrics[name]:.6f}")

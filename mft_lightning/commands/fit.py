@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping
 
-from mft_lightning.commands.report import run_plan, run_summary
+from mft_lightning.commands.outcome import run_summary, task_results
+from mft_lightning.commands.report import run_plan
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
+from mft_lightning.screen import duration, say
 from mft_lightning.training.callbacks import GracefulStop
 from mft_lightning.training.checkpoint import SUPERSEDED
 from mft_lightning.training.checkpoint_dirs import (
@@ -25,7 +28,11 @@ from mft_lightning.training.checkpoint_dirs import (
     resolve_checkpoint,
 )
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
+from mft_lightning.training.evaluation import Evaluation
+from mft_lightning.training.exact_match import ExactMatch, check_exact_match
 from mft_lightning.training.trainer import fit_trainer, refuse_several_ranks
+
+Kind = TypeVar("Kind", bound=L.Callback)
 
 
 class WriteConfig(L.Callback):
@@ -77,21 +84,52 @@ def fit(argv: list[str]) -> None:
     )
     refuse_several_ranks(trainer)
     plan = run_plan(trainer, module, datamodule, total_steps=total_steps, output_dir=config.output_dir, resumed=resumed)
-    print(plan, flush=True)
+    say(*plan)
+    start = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set in one of its connectors
-        if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
-            print(f"stopped early: {callback.monitor} has not improved for {callback.patience} validation(s)")
-    print(run_summary(config.output_dir, config.tensorboard_dir, settings.checkpoint), flush=True)
+    _tell_outcome(config, trainer, total_steps, time.perf_counter() - start)
     if stop.received:
-        print("stopped by SIGTERM; go on with the same command and --ckpt_path last", flush=True)
+        say("stopped by SIGTERM; go on with the same command and --ckpt_path last")
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def _tell_outcome(config: RunConfig, trainer: L.Trainer, total_steps: int, seconds: float) -> None:
+    """The table of the last validation, the checkpoints, and the commands to go on with."""
+    datamodule, step = config.datamodule, trainer.global_step
+    epochs = step / datamodule.plan.steps_per_epoch
+    say("", f"trained to step {step:,} of {total_steps:,} ({epochs:.1f} epochs) in {duration(seconds)}")
+    stopping = _callback(trainer, EarlyStopping)
+    go_on = _to_go_on(config.trainer_keys(config.config_init), step, total_steps)
+    if stopping is not None and stopping.wait_count >= stopping.patience:
+        say(f"stopped early: {stopping.monitor} has not improved for {stopping.patience} validation(s)")
+        go_on = f"--early_stopping.patience {2 * stopping.patience}"
+    evaluation, exact_match = _callback(trainer, Evaluation), _callback(trainer, ExactMatch)
+    if evaluation is not None and evaluation.metrics:
+        exact = exact_match.counts if exact_match is not None else None
+        results = task_results(datamodule, "valid", evaluation.metrics, before=evaluation.before, exact=exact)
+        say("", f"validation at step {evaluation.step:,}", results)
+    say("", *run_summary(config.output_dir, config.tensorboard_dir, config.settings.checkpoint, go_on))
+
+
+def _to_go_on(keys: dict[str, Any], step: int, total_steps: int) -> str:
+    """What to add to the command that resumes, for twice the length where the run went its whole length."""
+    if step < total_steps:
+        return "--trainer.max_time null" if keys.get("max_time") is not None else ""
+    if 0 < keys["max_steps"] <= step:
+        return f"--trainer.max_steps {2 * step}"
+    return f"--trainer.max_epochs {2 * keys['max_epochs']}"
+
+
+def _callback(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set in one of its connectors
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def _check_evaluation(config: RunConfig, datamodule: MFTDataModule) -> None:
     """What validation is asked for must be possible."""
     settings = config.settings
     monitor = settings.checkpoint.monitor
+    check_exact_match(settings.evaluation, datamodule)
     if not settings.evaluation.enabled:
         if settings.early_stopping.patience != -1 or monitor != "val/loss":
             key = "checkpoint.monitor" if monitor != "val/loss" else "early_stopping.patience"

@@ -1,8 +1,7 @@
-"""``generate``: ask a checkpoint, full or LoRA, one prompt or a file of conversations, through the encoder that trained."""
+"""``generate``: ask a checkpoint, full or LoRA, through the encoder that trained it: one prompt, or a file of them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from rich.progress import track
 from mft_lightning.commands.loading import DTYPES, LoadedModel, load_model
 from mft_lightning.data.records import BadRecord, Question, Turn, parse_question, read_lines
 from mft_lightning.errors import UserError, first_line
+from mft_lightning.key_errors import parse
 from mft_lightning.model.generation import Answer, GenerationSettings, answer, room
 from mft_lightning.quiet import quieten
 
@@ -67,7 +67,7 @@ def _options(argv: list[str]) -> tuple[Namespace, GenerationSettings]:
         "--input",
         type=str | None,
         default=None,
-        help="JSONL of conversations, in any form that training reads. Each that ends with a human turn is answered; of "
+        help="JSONL of conversations, in any form that training reads. One that ends with a human turn is answered; of "
         "one that ends with a bot turn, that turn is asked for again and printed as the reference.",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Conversations of --input answered side by side.")
@@ -77,11 +77,8 @@ def _options(argv: list[str]) -> tuple[Namespace, GenerationSettings]:
     parser.add_argument(
         "--dtype", type=str, default="auto", help=f"{', '.join(DTYPES)}. auto: float32 on a CPU, as saved elsewhere."
     )
-    try:
-        options = parser.parse_args(argv)
-        settings = GenerationSettings(**{key: options[key] for key in GenerationSettings.__dataclass_fields__})
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
+    options = parse(parser, argv)
+    settings = GenerationSettings(**{key: options[key] for key in GenerationSettings.__dataclass_fields__})
     if (options.prompt is None) == (options.input is None):
         raise UserError("generate: give either --prompt TEXT or --input FILE.jsonl.")
     if options.system is not None and options.prompt is None:

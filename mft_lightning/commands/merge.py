@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from mft_lightning.commands.loading import DTYPES, check_base, load_model
 from mft_lightning.errors import UserError
+from mft_lightning.key_errors import parse
 from mft_lightning.model.build import is_adapter
 from mft_lightning.model.export import adapter_dtype, save_causal_lm
 from mft_lightning.quiet import quieten
@@ -28,10 +28,7 @@ def merge(argv: list[str]) -> None:
     parser.add_argument(
         "--dtype", type=str, default="auto", help=f"Of the merged weights: {', '.join(DTYPES)}. auto: as trained."
     )
-    try:
-        options = parser.parse_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(str(error)) from error
+    options = parse(parser, argv)
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype: {options.dtype!r} is none of {', '.join(DTYPES)}.")
     adapter, output = Path(options.adapter).expanduser(), Path(options.output).expanduser()

@@ -1,4 +1,4 @@
-"""What a run says of itself before it starts and after it ends."""
+"""What a run says of itself before it starts."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from rich.text import Text
 
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.token_cache import TaskReport
 from mft_lightning.model.build import count_parameters
 from mft_lightning.model.module import MFTModule
-from mft_lightning.training.checkpoint import CheckpointSettings
-from mft_lightning.training.checkpoint_dirs import CheckpointInfo, find_best, find_checkpoints
+from mft_lightning.screen import Grid, labelled, shown
+from mft_lightning.training.checkpoint_dirs import CheckpointInfo
+
+Lines = list[str | Text | Grid]
 
 
 def run_plan(
@@ -24,23 +27,38 @@ def run_plan(
     total_steps: int,
     output_dir: Path,
     resumed: CheckpointInfo | None,
-) -> str:
+) -> Lines:
     """Tasks, steps, parameters and layout of a run that is about to start."""
     sizes, plan, optim = datamodule.batch_sizes, datamodule.plan, module.optim
     assert module.network is not None
     trainable, total = count_parameters(module.network)
-    lines = [
-        *task_table(datamodule.reports),
-        *(["validation directories:", *task_table(datamodule.valid_reports)] if datamodule.valid_reports else []),
-        f"model: {module.source.path} ({module.source.init}, {module.peft_type or 'full'}), trainable parameters "
-        f"{trainable:,} of {total:,} ({trainable / total:.2%})",
-        f"batch: {sizes.total} conversations a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}, "
-        f"{'packed' if datamodule.packed else 'padded'}; loss {module.weighted_loss_mode}",
-        f"steps: {total_steps} ({plan.steps_per_epoch} an epoch), warm-up {optim.num_warmup_steps}, "
-        f"{optim.lr_scheduler_type} from {optim.learning_rate:g}"
-        + ("" if optim.lr_scheduler_type.startswith("constant") else f" to {optim.min_lr:g}"),
-        f"device: {trainer.strategy.root_device}, precision {trainer.precision}",
-        f"output: {output_dir}" + (f", going on from {resumed.path.name}" if resumed else ""),
+    rows = "packed end to end" if datamodule.packed else "padded rows"
+    rate = f"{optim.lr_scheduler_type} rate {optim.learning_rate:g}"
+    if not optim.lr_scheduler_type.startswith("constant"):
+        rate += f" to {optim.min_lr:g}"
+    lines: Lines = task_table(datamodule.reports)
+    if datamodule.valid_reports:
+        lines += ["", "validation directories", *task_table(datamodule.valid_reports)]
+    lines += [
+        "",
+        *labelled(
+            [
+                ("model", f"{shown(Path(module.source.path))} ({module.source.init}), {module.peft_type or 'full'}"),
+                ("parameters", f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.2%})"),
+                (
+                    "batch",
+                    f"{sizes.total} conversations a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}, "
+                    f"{rows}, up to {datamodule.policy.seq_length} tokens each",
+                ),
+                ("loss", module.weighted_loss_mode),
+                (
+                    "steps",
+                    f"{total_steps:,} ({plan.steps_per_epoch:,} an epoch), warm-up {optim.num_warmup_steps}, {rate}",
+                ),
+                ("device", f"{trainer.num_devices} x {trainer.strategy.root_device}, precision {trainer.precision}"),
+                ("output", shown(output_dir) + (f", going on from {resumed.path.name}" if resumed else "")),
+            ]
+        ),
     ]
     if optim.num_warmup_steps >= total_steps:
         lines.append(
@@ -48,41 +66,35 @@ def run_plan(
         )
     if "bf16" in str(trainer.precision) and trainer.strategy.root_device.type == "cpu" and not _fast_bfloat16():
         lines.append("note: this CPU has no fast bfloat16; 32-true is many times faster here.")
-    return "\n".join(lines)
+    return [*lines, ""]
 
 
 def _fast_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def task_table(reports: Sequence[TaskReport]) -> list[str]:
+def task_table(reports: Sequence[TaskReport]) -> Lines:
     """A line per task, and a line per reason for which records were left out."""
-    width = max(len(report.task) for report in reports)
-    lines = [f"{'task':{width}}   train   valid    test      tokens  supervised  left out"]
-    for report in reports:
-        counts = report.conversations
-        left_out = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items()) or "0"
-        lines.append(
-            f"{report.task:{width}} {counts['train']:7,} {counts['valid']:7,} {counts['test']:7,} {report.tokens:11,} "
-            f"{report.supervised_tokens / max(1, report.tokens):11.1%}  {left_out}"
-            + (f"; {report.truncated} truncated" if report.truncated else "")
-        )
-    for report in reports:
-        lines += [f"  left out of {report.task}, first {first}" for first in report.first_of.values()]
-    return lines
-
-
-def run_summary(output_dir: Path, tensorboard_dir: Path, settings: CheckpointSettings) -> str:
-    """The best and the last checkpoint, and what to type next."""
-    checkpoints = find_checkpoints(output_dir)
-    if not checkpoints:
-        return "no checkpoint was written."
-    best = find_best(checkpoints, settings.monitor, settings.mode)
-    lines = [f"last checkpoint: {checkpoints[-1].path}"]
-    if best is not None:
-        lines.append(f"best checkpoint: {best.path} ({settings.monitor} {best.metrics[settings.monitor]:.4f})")
-    lines += [
-        f"curves:  tensorboard --logdir {tensorboard_dir}",
-        f'ask it:  python -m mft_lightning generate --model {(best or checkpoints[-1]).path} --prompt "..."',
+    columns = ("task", "train", "valid", "test", "tokens", "supervised", "left out")
+    rows = [
+        [
+            report.task,
+            *(f"{report.conversations[split]:,}" for split in ("train", "valid", "test")),
+            f"{report.tokens:,}",
+            f"{report.supervised_tokens / max(1, report.tokens):.1%}",
+            left_out(report),
+        ]
+        for report in reports
     ]
-    return "\n".join(lines)
+    return [Grid(columns, rows, left=("left out",)), *first_left_out(reports)]
+
+
+def left_out(report: TaskReport) -> str:
+    """Records that are not trained on, by reason, and those that are cut."""
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items()) or "0"
+    return counts + (f"; {report.truncated:,} truncated" if report.truncated else "")
+
+
+def first_left_out(reports: Sequence[TaskReport]) -> list[str]:
+    """Where the first record of every task and reason stands."""
+    return [f"  left out of {report.task}, first: {first}" for report in reports for first in report.first_of.values()]

@@ -254,12 +254,16 @@ class MFTDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[MicroBatch]:
         return self._evaluation_loader("test")
 
+    def evaluated(self, split: str, per_task: int | None = None) -> np.ndarray:
+        """Indices into ``table(split)`` of what an evaluation looks at, or at most ``per_task`` of each task of it."""
+        tasks = self.table(split).tasks
+        kept = limit_per_task(tasks, self.max_evaluation_conversations, self.seed)
+        kept = kept[~np.isin(tasks[kept], [self.task_names.index(name) for name in self.exclude_tasks])]
+        return kept[limit_per_task(tasks[kept], per_task, self.seed)]
+
     def _evaluation_loader(self, split: str) -> DataLoader[MicroBatch]:
         rank, world = self._place()
-        table = self.table(split)
-        kept = limit_per_task(table.tasks, self.max_evaluation_conversations, self.seed)
-        excluded = [self.task_names.index(name) for name in self.exclude_tasks]
-        kept = kept[~np.isin(table.tasks[kept], excluded)]
+        table, kept = self.table(split), self.evaluated(split)
         dealt = [kept[part] for part in deal_evaluation(table.lengths[kept], self.valid_batch_size, rank, world)]
         assert self.tokenizer.pad_token_id is not None
         steps = EvaluationSteps(table, dealt, packed=self.packed, pad_id=self.tokenizer.pad_token_id)

@@ -31,7 +31,10 @@ class RecordPolicy:
 
 @dataclass(frozen=True)
 class Record:
-    """A line after encoding. ``reason`` is None where it is trained on; ``bad`` tells bad records from long ones."""
+    """A line after encoding. ``reason`` is None where it is trained on; ``bad`` tells bad records from long ones.
+
+    ``length`` counts the conversation's tokens before anything was truncated.
+    """
 
     line: Line
     conversation: Conversation | None = None
@@ -40,6 +43,7 @@ class Record:
     detail: str = ""
     bad: bool = False
     truncated: bool = False
+    length: int = 0
 
     @property
     def where(self) -> str:
@@ -59,6 +63,19 @@ class TaskReport:
     dropped: Counter[str] = field(default_factory=Counter)
     bad: int = 0
     first_of: dict[str, str] = field(default_factory=dict)
+
+    def count(self, record: Record, split: str) -> None:
+        """Add a record of ``split``: to the conversations, or to what was left out and why."""
+        self.records += 1
+        self.bad += record.bad
+        self.truncated += record.truncated
+        if record.reason is not None:
+            self.dropped[record.reason] += 1
+            self.first_of.setdefault(record.reason, f"{record.where} {record.detail}")
+        elif record.encoded is not None:
+            self.conversations[split] += 1
+            self.tokens += len(record.encoded.input_ids)
+            self.supervised_tokens += sum(record.encoded.supervised)
 
 
 @dataclass(frozen=True)
@@ -140,7 +157,7 @@ def _fitted(line: Line, conversation: Conversation, encoded: Encoded, policy: Re
             reason, detail = OVERLONG, f"has {length} tokens, more than data.seq_length: {policy.seq_length}"
     if reason is None and not any(encoded.supervised):
         reason, detail = NOTHING_SUPERVISED, "has no token to learn from"
-    return Record(line, conversation, encoded, reason, detail, truncated=truncated)
+    return Record(line, conversation, encoded, reason, detail, truncated=truncated, length=length)
 
 
 def _first_answer_end(encoded: Encoded) -> int:
@@ -186,7 +203,7 @@ def build_tables(
         report = TaskReport(task.name)
         for code, record in zip(codes, encode_records(task_lines(task), chat_format, policy), strict=True):
             refuse(record, policy)
-            _count(report, record, SPLITS[code])
+            report.count(record, SPLITS[code])
             if record.reason is None and record.encoded is not None:
                 rows[SPLITS[code]].append((number, record.encoded))
         refuse_share(report, policy)
@@ -214,16 +231,3 @@ def refuse_share(report: TaskReport, policy: RecordPolicy) -> None:
             f"task {report.task!r}: {report.bad} of {report.records} records are bad ({share:.1%}), more than "
             f"data.max_skipped_share: {policy.max_skipped_share}. The first of each kind: {firsts}"
         )
-
-
-def _count(report: TaskReport, record: Record, split: str) -> None:
-    report.records += 1
-    report.bad += record.bad
-    report.truncated += record.truncated
-    if record.reason is not None:
-        report.dropped[record.reason] += 1
-        report.first_of.setdefault(record.reason, f"{record.where} {record.detail}")
-    elif record.encoded is not None:
-        report.conversations[split] += 1
-        report.tokens += len(record.encoded.input_ids)
-        report.supervised_tokens += sum(record.encoded.supervised)

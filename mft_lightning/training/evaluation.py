@@ -24,6 +24,8 @@ class EvaluationSettings:
         at_start: validate before the first step too (step 0; not repeated on resume).
         max_conversations_per_task: at most so many of each task, drawn by the seed. Default: all.
         exclude_tasks: names of tasks that are trained on but not validated.
+        exact_match_per_task: at the end, answer the prompts of so many held-out conversations of each task greedily,
+            and count the answers that are the reference to the letter. Default: none.
     """
 
     strategy: Literal["steps", "epoch", "steps,epoch", "epoch,steps", "none"] = "steps"
@@ -31,9 +33,10 @@ class EvaluationSettings:
     at_start: bool = True
     max_conversations_per_task: int | None = None
     exclude_tasks: list[str] = field(default_factory=list)
+    exact_match_per_task: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("steps", "max_conversations_per_task"):
+        for key in ("steps", "max_conversations_per_task", "exact_match_per_task"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"evaluation.{key}: {value} is less than 1.")
@@ -54,12 +57,14 @@ class Evaluation(L.Callback):
     Attributes:
         step: the optimizer step of the last validation, -1 before any.
         metrics: what it measured.
+        before: what the validation before the first step measured; empty where there was none.
     """
 
     def __init__(self, settings: EvaluationSettings) -> None:
         self.settings = settings
         self.step = -1
         self.metrics: dict[str, float] = {}
+        self.before: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if self.step != trainer.global_step and self.settings.due(trainer):
@@ -68,6 +73,8 @@ class Evaluation(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step = trainer.global_step
         self.metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if trainer.sanity_checking:
+            self.before = self.metrics
 
 
 def _run_validation(trainer: L.Trainer) -> None:

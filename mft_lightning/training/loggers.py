@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from mft_lightning.training.progress import Pace
+
 
 def tensorboard_logger(directory: Path, resumed_step: int) -> TensorBoardLogger:
     """A logger that writes straight into ``directory`` and cuts the points after ``resumed_step``."""
@@ -22,11 +24,16 @@ def tensorboard_logger(directory: Path, resumed_step: int) -> TensorBoardLogger:
 
 
 class PlainLines(Logger):
-    """A line on the screen for every logged step and every validation, where no progress bar is shown."""
+    """A line on the screen for every validation and, where no progress bar is shown, for every logged step.
 
-    def __init__(self, total_steps: int) -> None:
+    Args:
+        total_steps: the run's last step.
+        pace: tells the time left; None where a bar tells of the steps.
+    """
+
+    def __init__(self, total_steps: int, pace: Pace | None) -> None:
         super().__init__()
-        self.total_steps = total_steps
+        self.total_steps, self.pace = total_steps, pace
 
     @property
     def name(self) -> str:
@@ -42,16 +49,18 @@ class PlainLines(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if "train/loss" in metrics:
+        if "val/loss" in metrics:
+            each = [f"{k[9:]} {v:.4f}" for k, v in metrics.items() if k.startswith("val/loss/")]
+            self._print(step, f"val/loss {metrics['val/loss']:.4f}  ({'  '.join(each)})")
+        elif "train/loss" in metrics and self.pace is not None:
+            left = self.pace.left(step or 0)
             line = (
                 f"loss {metrics['train/loss']:.4f}  lr {metrics['train/lr']:.2e}  grad norm "
-                f"{metrics['train/grad_norm']:.3f}  {metrics['train/tokens_per_second']:.0f} tokens/s"
+                f"{metrics['train/grad_norm']:.3f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
             )
-        elif "val/loss" in metrics:
-            each = [f"{k[9:]} {v:.4f}" for k, v in metrics.items() if k.startswith("val/loss/")]
-            line = f"val/loss {metrics['val/loss']:.4f}  ({'  '.join(each)})"
-        else:
-            return
+            self._print(step, line + (f"  {left} left" if left else ""))
+
+    def _print(self, step: int | None, line: str) -> None:
         print(f"step {step}/{self.total_steps}  {line}", flush=True)
 
 

@@ -9,16 +9,19 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.parallel import ParallelSettings, refuse_several_devices
+from mft_lightning.screen import console
 from mft_lightning.training.callbacks import EarlyStoppingSettings, RandomBase, StepLogging, StepSeeding
 from mft_lightning.training.checkpoint import CheckpointSettings, HFModelCheckpoint
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import NEVER, Evaluation, EvaluationSettings
+from mft_lightning.training.exact_match import ExactMatch
 from mft_lightning.training.loggers import MetricsCSV, PlainLines, tensorboard_logger
+from mft_lightning.training.progress import Pace, RunBar
 
 WEIGHTS_DTYPE = {
     "32-true": "float32",
@@ -112,8 +115,8 @@ def fit_trainer(
     """
     evaluation = Evaluation(settings.evaluation) if settings.evaluation.enabled else None
     callbacks: list[L.Callback] = [StepSeeding(seed)]
-    if keys.get("max_time") is not None:
-        callbacks.append(_timer(keys["max_time"]))
+    timer = _timer(keys["max_time"]) if keys.get("max_time") is not None else None
+    callbacks += [timer] if timer is not None else []
     callbacks += [*_listed(keys.get("callbacks")), *extra_callbacks, StepLogging(keys["log_every_n_steps"])]
     if checkpoint_io.module.source.init == "random":
         callbacks.append(RandomBase(output_dir / "base"))
@@ -121,6 +124,7 @@ def fit_trainer(
         callbacks.append(settings.early_stopping.callback(settings.checkpoint))
     if evaluation is not None:
         callbacks.append(evaluation)
+    callbacks += _exact_match(settings)
     callbacks.append(HFModelCheckpoint(settings.checkpoint, output_dir, evaluation))
     loggers: Any = keys.get("logger")
     if loggers in (None, True):
@@ -128,9 +132,9 @@ def fit_trainer(
             tensorboard_logger(tensorboard_dir, resumed_step),
             MetricsCSV(output_dir / "metrics.csv", resumed_step),
         ]
-    bar = bool(keys.get("enable_progress_bar"))  # plain lines unless it was asked for
-    if not bar:
-        loggers = [*_listed(loggers or None), PlainLines(total_steps)]
+    bar, pace = _shows_bar(keys), Pace(total_steps, timer)
+    callbacks += [RunBar(total_steps, pace)] if bar and not _own_bar(keys) else []
+    loggers = [*_listed(loggers or None), PlainLines(total_steps, None if bar else pace)]
     return _trainer(
         {
             **keys,
@@ -149,20 +153,41 @@ def fit_trainer(
     )
 
 
-def evaluation_trainer(keys: dict[str, Any], checkpoint_io: HFCheckpointIO, output_dir: Path) -> L.Trainer:
+def evaluation_trainer(
+    keys: dict[str, Any], settings: RunSettings, checkpoint_io: HFCheckpointIO, output_dir: Path
+) -> L.Trainer:
     """The Trainer of ``validate`` and ``test``: it writes nothing."""
+    bar = _shows_bar(keys)
+    callbacks = [*_listed(keys.get("callbacks")), *_exact_match(settings)]
+    callbacks += [RunBar()] if bar and not _own_bar(keys) else []
     return _trainer(
         {
             **keys,
-            "callbacks": _listed(keys.get("callbacks")),
+            "callbacks": callbacks,
             "logger": False,
             "enable_checkpointing": False,
-            "enable_progress_bar": bool(keys.get("enable_progress_bar")),
+            "enable_progress_bar": bar,
             "plugins": [*_listed(keys.get("plugins")), checkpoint_io],
             "default_root_dir": output_dir,
             "use_distributed_sampler": False,
         }
     )
+
+
+def _exact_match(settings: RunSettings) -> list[L.Callback]:
+    per_task = settings.evaluation.exact_match_per_task
+    return [ExactMatch(per_task)] if per_task is not None else []
+
+
+def _shows_bar(keys: dict[str, Any]) -> bool:
+    """A bar where the screen is a terminal, plain lines elsewhere, unless ``trainer.enable_progress_bar`` says."""
+    asked = keys.get("enable_progress_bar")
+    return console().is_interactive or _own_bar(keys) if asked is None else bool(asked)
+
+
+def _own_bar(keys: dict[str, Any]) -> bool:
+    """Whether ``trainer.callbacks`` brings a progress bar; Lightning takes one."""
+    return any(isinstance(callback, ProgressBar) for callback in _listed(keys.get("callbacks")))
 
 
 def refuse_several_ranks(trainer: L.Trainer) -> None:

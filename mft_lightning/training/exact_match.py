@@ -1,0 +1,113 @@
+"""Exact match: the share of greedy answers, on a sample of each task, that are the reference to the letter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.errors import UserError
+from mft_lightning.model.generation import GenerationSettings, answer
+from mft_lightning.model.module import MFTModule
+from mft_lightning.training.callbacks import GracefulStop
+from mft_lightning.training.evaluation import EvaluationSettings
+
+BATCH = 16  # prompts answered side by side
+
+
+@dataclass(frozen=True)
+class Held:
+    """An answer of a held-out conversation: its task, the ids before it, and its own without the eos."""
+
+    task: int
+    prompt: list[int]
+    reference: list[int]
+
+
+def check_exact_match(settings: EvaluationSettings, datamodule: MFTDataModule) -> None:
+    """Refuse to compare answers where there are none.
+
+    Raises:
+        UserError: without validation, or in pretraining.
+    """
+    key = "evaluation.exact_match_per_task"
+    if settings.exact_match_per_task is None:
+        return
+    if not settings.enabled:
+        raise UserError(f"{key}: needs validations, but evaluation.strategy is none.")
+    if datamodule.chat_format.pretrain:
+        raise UserError(f"{key}: data.tokenize_mode pretrain has no answers to compare. Leave it out.")
+
+
+def held_answers(datamodule: MFTDataModule, split: str, per_task: int) -> Iterator[Held]:
+    """Every answer of at most ``per_task`` conversations of each task; each is asked after its true history."""
+    table, eos = datamodule.table(split), datamodule.tokenizer.eos_token_id
+    for index in datamodule.evaluated(split, per_task):
+        ids, supervised = table.row(int(index))
+        edges = np.flatnonzero(np.diff(supervised.astype(np.int8), prepend=0, append=0))
+        for start, end in zip(edges[::2], edges[1::2], strict=True):
+            if ids[end - 1] == eos:  # else it was truncated, and nobody knows its end
+                yield Held(int(table.tasks[index]), ids[:start].tolist(), ids[start : end - 1].tolist())
+
+
+class ExactMatch(L.Callback):
+    """Asks the trained model at the end of ``fit``, ``validate`` and ``test``.
+
+    A run that was told to stop by a signal is not kept waiting for it.
+
+    Args:
+        per_task: conversations of each task; all answers of a conversation count.
+
+    Attributes:
+        counts: of each task, the exact answers and all that were asked for.
+    """
+
+    def __init__(self, per_task: int) -> None:
+        self.per_task = per_task
+        self.counts: dict[str, tuple[int, int]] = {}
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set in one of its connectors
+        if not any(isinstance(callback, GracefulStop) and callback.received for callback in callbacks):
+            self._measure(trainer, cast(MFTModule, pl_module), "valid")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._measure(trainer, cast(MFTModule, pl_module), "valid")
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._measure(trainer, cast(MFTModule, pl_module), "test")
+
+    def _measure(self, trainer: L.Trainer, module: MFTModule, split: str) -> None:
+        datamodule, network = module.datamodule, module.network
+        assert network is not None
+        held = list(held_answers(datamodule, split, self.per_task))
+        settings = GenerationSettings(max_new_tokens=max((len(h.reference) for h in held), default=0) + 1)
+        mine = sorted(held[trainer.global_rank :: trainer.world_size], key=lambda h: len(h.prompt))
+        counts = torch.zeros(2, len(datamodule.task_names), dtype=torch.float64, device=module.device)
+        if trainer.is_global_zero:
+            print(f"answering {len(held):,} prompts of {self.per_task} held-out conversations a task", flush=True)
+        training = network.training
+        network.eval()
+        for start in range(0, len(mine), BATCH):
+            batch = mine[start : start + BATCH]
+            with trainer.precision_plugin.forward_context():
+                found = answer(network.model, datamodule.tokenizer, [h.prompt for h in batch], settings)
+            for h, given in zip(batch, found, strict=True):
+                same = datamodule.chat_format.decode(given.ids) == datamodule.chat_format.decode(h.reference)
+                counts[0, h.task] += given.finished and same
+                counts[1, h.task] += 1
+        network.train(training)
+        exact, asked = trainer.strategy.reduce(counts, reduce_op="sum").long().tolist()
+        rows = zip(datamodule.task_names, exact, asked, strict=True)
+        self.counts = {name: (right, of) for name, right, of in rows if of}
+        prefix = "test" if split == "test" else "val"
+        shares = {f"{prefix}/exact_match/{name}": right / of for name, (right, of) in self.counts.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(shares, step=trainer.global_step)
