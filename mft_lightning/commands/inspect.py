@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby, islice
 from typing import Any
 
-from mft_lightning.commands.report import task_table
+import numpy as np
+from rich.text import Text
+
+from mft_lightning.commands.report import first_left_out, left_out
+from mft_lightning.data.chat_format import ROLE_END, ROLE_START, ChatFormat, Encoded, marker
 from mft_lightning.data.datamodule import MFTDataModule
-from mft_lightning.data.tasks import SPLITS
+from mft_lightning.data.survey import Survey, TaskSurvey
+from mft_lightning.data.tasks import SPLITS, Task
 from mft_lightning.data.token_cache import Record, encode_records, refuse, split_codes, task_lines
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
+from mft_lightning.screen import Grid, console, printable, say
 
 _LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}  # an object stays one line everywhere
+SUPERVISED, MARKER = "black on green", "cyan"
 DEFAULT_SHOWN = 3  # conversations of each task and split, without --limit and --json
 EXTRA: dict[str, dict[str, Any]] = {
     "json": {"action": "store_true", "help": "One JSON object for every record of every split."},
@@ -41,19 +49,31 @@ def inspect(argv: list[str]) -> None:
         if config.config["json"]:
             _print_json(datamodule, limit)
         else:
-            _print_table(datamodule, limit)
+            _print_survey(datamodule, limit)
 
 
 def records(datamodule: MFTDataModule) -> Iterator[tuple[str, str, Record]]:
     """(split, task name, record) of every line: by split, task, file and line."""
-    sources = [(task, datamodule.shares) for task in datamodule.tasks]
-    sources += [(task, (0.0, 1.0, 0.0)) for task in datamodule.valid_tasks]
     for number, split in enumerate(SPLITS):
-        for task, shares in sources:
-            codes = split_codes(task, shares, datamodule.seed)
+        for task, codes in _coded_tasks(datamodule):
             lines = (line for line, code in zip(task_lines(task), codes, strict=True) if code == number)
             for record in encode_records(lines, datamodule.chat_format, datamodule.policy):
                 yield split, task.name, record
+
+
+def _records_as_read(datamodule: MFTDataModule) -> Iterator[tuple[str, str, Record]]:
+    """(split, task name, record) of every line: by task, file and line, as ``fit`` reads them."""
+    for task, codes in _coded_tasks(datamodule):
+        encoded = encode_records(task_lines(task), datamodule.chat_format, datamodule.policy)
+        for code, record in zip(codes, encoded, strict=True):
+            yield SPLITS[code], task.name, record
+
+
+def _coded_tasks(datamodule: MFTDataModule) -> Iterator[tuple[Task, np.ndarray]]:
+    for task in datamodule.tasks:
+        yield task, split_codes(task, datamodule.shares, datamodule.seed)
+    for task in datamodule.valid_tasks:
+        yield task, split_codes(task, (0.0, 1.0, 0.0), datamodule.seed)
 
 
 def as_object(datamodule: MFTDataModule, split: str, task: str, record: Record) -> dict[str, Any]:
@@ -91,40 +111,71 @@ def _print_json(datamodule: MFTDataModule, limit: int | None) -> None:
         raise refused
 
 
-def _print_table(datamodule: MFTDataModule, limit: int | None) -> None:
-    datamodule.setup()
-    for line in task_table([*datamodule.reports, *datamodule.valid_reports]):
-        print(line)
-    for task, (count, differing) in _otherwise(datamodule).items():
-        print(f"  {task}: {differing} of {count} conversations would be encoded otherwise as one string")
-    print("\nsupervised text stands in [[double brackets]]")
-    shown: dict[tuple[str, str], int] = {}
-    for split, task, record in islice((r for r in records(datamodule) if r[2].reason is None), limit):
-        shown[split, task] = shown.get((split, task), 0) + 1
-        if limit is None and shown[split, task] > DEFAULT_SHOWN:
-            continue
+def _print_survey(datamodule: MFTDataModule, limit: int | None) -> None:
+    """A table of the tasks, then conversations; an error that ``fit`` would end with comes last."""
+    survey = Survey(datamodule.task_names, datamodule.chat_format)
+    kept: dict[tuple[str, str], list[Record]] = {(s, t): [] for s in SPLITS for t in datamodule.task_names}
+    for split, task, record in _records_as_read(datamodule):
+        survey.add(task, split, record)
+        if record.reason is None and len(kept[split, task]) < (DEFAULT_SHOWN if limit is None else limit):
+            kept[split, task].append(record)
+    surveys = survey.finish()
+    say(_survey_table(surveys), *first_left_out([found.report for found in surveys]))
+    say("", "length: tokens of a conversation, those included that are left out or cut as too long")
+    say("one string: conversations that would be encoded otherwise if the whole text were tokenised at once")
+    screen = console()
+    colour = screen.color_system is not None and not screen.no_color
+    chosen = [(split, task, record) for (split, task), found in kept.items() for record in found][:limit]
+    if chosen:
+        say("", _legend(colour))
+    for split, task, record in chosen:
         assert record.encoded is not None
-        print(f"\n--- {task}, {split}, {record.where}, {len(record.encoded.input_ids)} tokens")
-        print(_marked(datamodule, record))
+        say("", Text(f"--- {task}, {split}, {record.where}, {len(record.encoded.input_ids)} tokens", style="bold"))
+        say(highlighted(datamodule.chat_format, record.encoded, colour=colour))
+    datamodule.setup()
 
 
-def _otherwise(datamodule: MFTDataModule) -> dict[str, tuple[int, int]]:
-    """Of each task: its conversations, and how many a one-string tokenisation would encode otherwise."""
-    found = {task.name: (0, 0) for task in datamodule.tasks}
-    for _, task, record in records(datamodule):
-        if record.conversation is not None:
-            same = datamodule.chat_format.encodes_as_one_string([record.conversation])[0]
-            count, differing = found[task]
-            found[task] = (count + 1, differing + (not same))
-    return found
+def _survey_table(surveys: list[TaskSurvey]) -> Grid:
+    columns = ("task", "conversations", "tokens", "supervised", "share", "length median", "p90", "p99", "max")
+    rows = []
+    for found in surveys:
+        report = found.report
+        numbers = [sum(report.conversations.values()), report.tokens, report.supervised_tokens]
+        share = f"{report.supervised_tokens / max(1, report.tokens):.1%}"
+        lengths = [f"{quantile:,}" for quantile in found.quantiles()]
+        counts = [f"{number:,}" for number in numbers]
+        rows.append([report.task, *counts, share, *lengths, f"{found.differing:,}", left_out(report)])
+    return Grid([*columns, "one string", "left out"], rows, left=("left out",))
 
 
-def _marked(datamodule: MFTDataModule, record: Record) -> str:
-    """What is trained on, as text, with the supervised stretches in brackets."""
-    assert record.encoded is not None
-    tokens = zip(record.encoded.input_ids, record.encoded.supervised, strict=True)
-    parts = []
+def _legend(colour: bool) -> Text:
+    if colour:
+        return Text.assemble(
+            "learned from: ", ("answers and their end", SUPERVISED), "; seen: the rest, ", _marker("role")
+        )
+    return Text("supervised text stands in [[double brackets]]")
+
+
+def highlighted(chat_format: ChatFormat, encoded: Encoded, *, colour: bool) -> Text:
+    """What is trained on, as text, with the supervised stretches in colour, or in brackets where there is none."""
+    text = Text()
+    tokens = zip(encoded.input_ids, encoded.supervised, strict=True)
     for supervised, run in groupby(tokens, key=lambda token: token[1]):
-        text = datamodule.chat_format.decode([i for i, _ in run])
-        parts.append(f"[[{text}]]" if supervised else text)
-    return "".join(parts)
+        stretch = printable(chat_format.decode([i for i, _ in run]))
+        if not colour:
+            text.append(f"[[{stretch}]]" if supervised else stretch)
+        elif supervised:
+            text.append(stretch, style=SUPERVISED)
+        else:
+            text.append_text(_with_markers(stretch))
+    return text
+
+
+def _with_markers(stretch: str) -> Text:
+    text = Text(stretch)
+    text.highlight_regex(rf"{re.escape(ROLE_START)}\w+{re.escape(ROLE_END)}", MARKER)
+    return text
+
+
+def _marker(role: str) -> tuple[str, str]:
+    return marker(role), MARKER
