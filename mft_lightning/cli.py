@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -24,6 +25,9 @@ NOT_YET = ("predict", "chat", "convert-config", "prepare", "estimate")
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input ends with one message on stderr and exit code 1 (``--verbose`` adds the traceback)."""
+    # Read when torch is imported. Waiting threads spin by default, and then a busy neighbour on a laptop's cores makes
+    # the steps of a small model many times slower (docs/training.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = sys.argv[1:] if argv is None else argv
     verbose = "--verbose" in arguments
     arguments = [word for word in arguments if word != "--verbose"]

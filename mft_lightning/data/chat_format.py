@@ -136,6 +136,8 @@ class ChatFormat:
 
     def encodes_as_one_string(self, conversations: Sequence[Conversation]) -> list[bool]:
         """Whether a tokenizer that is given the whole rendered conversation at once gives the same ids, for each."""
+        if not conversations:  # which transformers' tokenizers do not take
+            return []
         encoding: Any = self.tokenizer([self.render(c) for c in conversations], add_special_tokens=False, verbose=False)
         whole = encoding["input_ids"]
         return [ids == ours.input_ids for ids, ours in zip(whole, self.encode(conversations), strict=True)]

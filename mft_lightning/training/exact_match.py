@@ -92,7 +92,7 @@ class ExactMatch(L.Callback):
         mine = sorted(held[trainer.global_rank :: trainer.world_size], key=lambda h: len(h.prompt))
         counts = torch.zeros(2, len(datamodule.task_names), dtype=torch.float64, device=module.device)
         if trainer.is_global_zero:
-            print(f"answering {len(held):,} prompts of {self.per_task} held-out conversations a task", flush=True)
+            print(f"answering {len(held):,} held-out prompts", flush=True)
         training = network.training
         network.eval()
         for start in range(0, len(mine), BATCH):

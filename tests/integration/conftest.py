@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from mft_lightning.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
+TASKS = ("text_to_code", "code_explanation", "unit_tests")
 TIMED = "train/tokens_per_second"
 
 

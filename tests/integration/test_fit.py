@@ -14,9 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft_lightning.cli import main
 from mft_lightning.data.datamodule import MFTDataModule
-from tests.integration.conftest import checkpoints, command, metrics
-
-TASKS = ("text_to_code", "code_explanation", "unit_tests")
+from tests.integration.conftest import TASKS, checkpoints, command, metrics
 
 
 @pytest.mark.parametrize("config", ["full.yaml", "lora.yaml"])

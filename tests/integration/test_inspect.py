@@ -80,10 +80,60 @@ def test_the_count_of_what_one_string_would_encode_otherwise(
     task = write_task("some", [{"chat_rounds": rounds}, {"chat_rounds": merging}])
     words = ["--data.data_paths", f"[{task}]", "--model.pretrained_model_path", str(pythia)]
     assert main(["inspect", "--config", "full.yaml", *words, "--limit", "0"]) == 0
-    assert "some: 1 of 2 conversations would be encoded otherwise" in capsys.readouterr().out
+    columns, row = (re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()[:2])
+    assert dict(zip(columns, row, strict=False))["one string"] == "1"
 
 
 def test_the_table_and_some_conversations(capsys: pytest.CaptureFixture[str], example_tasks: list[str]) -> None:
     assert main(["inspect", "--config", "full.yaml", "--data.data_paths", str(example_tasks), "--limit", "2"]) == 0
     printed = capsys.readouterr().out
     assert "unit_tests" in printed and "[[def " in printed and printed.count("--- text_to_code") == 2
+
+
+def test_the_table_counts_all_and_measures_what_is_left_out(
+    capsys: pytest.CaptureFixture[str], write_task: Callable[..., str], tiny_model: Path
+) -> None:
+    records = [{"prompt": "a" * n, "answer": "b"} for n in (1, 5, 60)]
+    words = ["--data.data_paths", f"[{write_task('some', records)}]", "--data.seq_length", "40"]
+    assert main(["inspect", "--config", "full.yaml", "--model.pretrained_model_path", str(tiny_model), *words]) == 0
+    printed = capsys.readouterr().out
+    columns, row = (re.split(r"  +", line.strip()) for line in printed.splitlines()[:2])
+    found = dict(zip(columns, row, strict=True))
+    shown = [int(tokens) for tokens in re.findall(r"(\d+) tokens$", printed, re.MULTILINE)]
+    assert found["conversations"] == "2" and found["left out"] == "1 overlong" and len(shown) == 2
+    assert int(found["tokens"]) == sum(shown) and found["supervised"] == "4"
+    assert found["share"] == f"{4 / sum(shown):.1%}"
+    assert int(found["max"]) > 40 and int(found["length median"]) == max(shown)
+    assert "part.jsonl:3 has" in printed
+
+
+def test_on_a_terminal_what_is_learned_from_is_in_colour_and_data_cannot_drive_it(
+    capsys: pytest.CaptureFixture[str], write_task: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    task = write_task("some", [{"prompt": "red \x1b[31m alarm\x07", "answer": "learned"}] * 4)
+    shown = ["inspect", "--config", "full.yaml", "--data.data_paths", f"[{task}]", "--data.data_split", "1,0,0"]
+    assert main([*shown, "--limit", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b[30;42mlearned<|endoftext|>\x1b[0m" in printed and "[[" not in printed
+    assert "\x1b[36m<|role_start|>bot<|role_end|>\x1b[0m" in printed
+    assert "red \\x1b[31m alarm\\x07" in printed and "\x07" not in printed
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main([*shown, "--limit", "1"]) == 0
+    assert "[[learned<|endoftext|>]]" in capsys.readouterr().out
+
+
+def test_a_bad_line_is_counted_and_ends_with_the_error_of_fit(
+    capsys: pytest.CaptureFixture[str], write_task: Callable[..., str]
+) -> None:
+    task = write_task("mixed", [{"prompt": "a", "answer": "b"}] * 30 + ["nope", {"prompt": "x"}])
+    words = ["--config", "full.yaml", "--data.data_paths", f"[{task}]"]
+    assert main(["inspect", *words]) == 1
+    printed = capsys.readouterr()
+    assert "1 invalid-json, 1 missing-content" in printed.out and "[[b<|endoftext|>]]" in printed.out
+    assert main(["fit", *words]) == 1
+    assert printed.err == capsys.readouterr().err and "part.jsonl:31: is not valid JSON" in printed.err
+    assert main(["inspect", *words, "--data.on_bad_record", "skip"]) == 1
+    assert "max_skipped_share" in capsys.readouterr().err

@@ -1,0 +1,162 @@
+"""A run tells what will happen, how far it is, and what came of it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mft_lightning.cli import main
+from tests.integration.conftest import ROOT, TASKS, checkpoints, metrics, user_environment
+
+
+def cells(line: str) -> list[str]:
+    return re.split(r"  +", line.strip())
+
+
+def table(printed: str, first: str) -> dict[str, dict[str, str]]:
+    """The rows of the first table after the line ``first``, by task and column."""
+    lines = printed[printed.index(first) :].splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("task "))
+    columns = cells(lines[start])
+    rows = [cells(line) for line in lines[start + 1 : start + 1 + len(TASKS)]]
+    return {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
+
+
+def labels(printed: str) -> dict[str, str]:
+    return {row[0]: row[1] for line in printed.splitlines() if len(row := cells(line)) == 2}
+
+
+def on_a_terminal(words: list[str], columns: int = 120) -> str:
+    """What a command writes to a terminal, and that it ends well."""
+    mine, theirs = pty.openpty()
+    environment = {**user_environment(), "TERM": "xterm-256color", "COLUMNS": str(columns)}
+    line = [sys.executable, "-m", "mft_lightning", *words]
+    process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    written = b""
+    while True:
+        try:
+            part = os.read(mine, 65536)
+        except OSError:  # how Linux tells that the other side is closed
+            break
+        if not part:
+            break
+        written += part
+    os.close(mine)
+    assert process.wait() == 0, written.decode()
+    return written.decode()
+
+
+def test_the_start(fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path / "run", "--trainer.max_steps", "2", "--data.seq_length", "130")
+    printed = capsys.readouterr().out.split("step 0/2")[0]
+    rows = table(printed, "")
+    assert rows["unit_tests"]["train"] == "228" and rows["unit_tests"]["valid"] == "12"
+    assert rows["unit_tests"]["tokens"] == "19,472" and rows["unit_tests"]["supervised"] == "47.0%"
+    assert "overlong" in rows["code_explanation"]["left out"] and "part_0.jsonl" in printed
+    said = labels(printed)
+    assert said["parameters"].endswith("(100.00%)") and "trainable" in said["parameters"]
+    assert "16 conversations a step = 2 micro-batch(es) of 8" in said["batch"] and "130 tokens" in said["batch"]
+    assert said["steps"].startswith("2 (") and "warm-up 2" in said["steps"] and "cosine" in said["steps"]
+    assert said["device"] == "1 x cpu, precision 32-true" and said["output"] == str(tmp_path / "run")
+    assert said["loss"] == "case3"
+
+
+def test_plain_lines_tell_the_time_left(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path / "run")
+    printed = capsys.readouterr().out
+    lines = re.findall(r"^step (\d)/8  loss .* tokens/s(?:  \d:\d\d left)?$", printed, re.MULTILINE)
+    assert lines == ["1", "2", "3", "4", "5", "6", "7", "8"]
+    assert len(re.findall(r"\d:\d\d left$", printed, re.MULTILINE)) == 7 and "\x1b" not in printed
+
+
+@pytest.mark.parametrize("config", ["full.yaml", "lora.yaml"])
+def test_the_end(fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str) -> None:
+    run = fit(tmp_path / "run", "--evaluation.exact_match_per_task", "2", config=config)
+    printed = capsys.readouterr().out
+    assert re.search(r"^trained to step 8 of 8 \(0\.1 epochs\) in \d:\d\d$", printed, re.MULTILINE)
+    rows = table(printed, "validation at step 8")
+    logged = [row for row in metrics(run) if row["val/loss"]]
+    for task in TASKS:
+        row = rows[task]
+        assert row["conversations"] == "6" and int(row["supervised tokens"]) > 100
+        assert float(row["loss before"]) == pytest.approx(float(logged[0][f"val/loss/{task}"]), abs=1e-4)
+        assert float(row["loss"]) == pytest.approx(float(logged[-1][f"val/loss/{task}"]), abs=1e-4)
+        assert float(row["perplexity"]) == pytest.approx(float(logged[-1][f"val/perplexity/{task}"]), abs=1e-4)
+        assert row["token accuracy"] == f"{float(logged[-1][f'val/accuracy/{task}']):.1%}"
+        assert row["exact match"] == ("0 of 4" if task == "code_explanation" else "0 of 2")
+    assert metrics(run)[-1]["val/exact_match/unit_tests"] == "0.0"
+    said = labels(printed.split("validation at step 8")[1])
+    assert said["last checkpoint"] == str(run / "step-00000008")
+    assert said["best checkpoint"].startswith(str(run / "step-00000008") + " (val/loss ")
+    assert ("merge" in said) == (config == "lora.yaml")
+    assert said["curves"].endswith(f"tensorboard --logdir {run / 'runs'}")
+
+
+def test_the_commands_it_ends_with_can_be_typed(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(tmp_path / "my run", "--trainer.max_steps", "2", config="lora.yaml")
+    said = labels(capsys.readouterr().out)
+    for label in ("ask it", "merge", "go on"):
+        words = shlex.split(said[label])
+        assert words[1:3] == ["-m", "mft_lightning"]
+        environment = {**user_environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        line = [words[0], *words[1:]]
+        result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+    assert (run / "merged-step-00000002" / "model.safetensors").is_file()
+    assert (run / "step-00000004").is_dir()
+
+
+def test_after_an_early_stop_more_patience_goes_on(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = ("--model.learning_rate", "1e-9", "--model.num_warmup_steps", "0", "--model.min_lr", "0")
+    slow += ("--evaluation.steps", "1", "--early_stopping.min_delta", "0.01")
+    run = fit(tmp_path / "run", *slow, "--early_stopping.patience", "1")
+    printed = capsys.readouterr().out
+    assert "stopped early" in printed and re.search(r"trained to step \d of 8", printed)
+    words = shlex.split(labels(printed)["go on"])
+    assert words[-2:] == ["--early_stopping.patience", "2"]
+    stopped = max(checkpoints(run))
+    assert main(words[3:]) == 0
+    assert max(checkpoints(run)) > stopped
+
+
+def test_without_validation_there_is_no_table(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path / "run", "--evaluation.strategy", "none", "--trainer.max_steps", "2")
+    printed = capsys.readouterr().out
+    assert "trained to step 2 of 2" in printed and "validation at" not in printed and "best" not in printed
+
+
+def test_a_terminal_sees_a_bar_over_the_whole_run(fit_arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = fit_arguments(tmp_path / "run", "--evaluation.exact_match_per_task", "1")
+    written = on_a_terminal(["fit", *words])
+    assert re.search(r"step .*\u2501.* 8/8 .*loss \d\.\d{4}  [\d,]+ tokens/s  \d:\d\d left", written)
+    assert "validating before the first step" in written
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
+    assert [*re.findall(r"step (\d)/8  val/loss", plain)] == ["0", "4", "8"]
+    assert "grad norm" not in plain
+    lines = on_a_terminal(["fit", *fit_arguments(tmp_path / "two", "--trainer.enable_progress_bar", "false")])
+    assert "\u2501" not in lines and "grad norm" in lines
+
+
+def test_a_bar_can_be_asked_for_where_there_is_no_terminal(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path / "run", "--trainer.enable_progress_bar", "true", "--trainer.max_steps", "2")
+    printed = capsys.readouterr().out
+    assert "2/2" in printed and "grad norm" not in printed

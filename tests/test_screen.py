@@ -1,0 +1,87 @@
+"""The screen shows every cell at every width, and data cannot drive the terminal."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mft_lightning.screen import Grid, console, duration, labelled, printable, program, say, shown
+
+GRID = Grid(
+    ("task", "conversations", "supervised tokens", "left out"),
+    [["code_explanation", "1,000", "123,456", "2 overlong"], ["x", "7", "", "0"]],
+    left=("left out",),
+)
+
+
+def printed(width: int) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width, markup=False, highlight=False).print(GRID)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", range(20, 100, 7))
+def test_a_table_loses_no_cell_at_any_width(width: int) -> None:
+    shown_words = printed(width).split()
+    for row in GRID.rows:
+        for cell in row:
+            assert all(word in [found.rstrip(",") for found in shown_words] or "," in word for word in cell.split())
+    assert "123,456" in printed(width) and "1,000" in printed(width)
+    assert all(len(line) <= width for line in printed(width).splitlines())
+
+
+def test_a_table_folds_its_names_first_and_then_becomes_paragraphs() -> None:
+    assert printed(80).splitlines()[0] == "task              conversations  supervised tokens  left out  "
+    assert len(printed(58).splitlines()) == 4 and len(printed(80).splitlines()) == 3
+    assert printed(40).splitlines()[:2] == ["code_explanation", "  conversations 1,000, supervised tokens"]
+
+
+def test_what_is_piped_stays_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    say("x" * 500, GRID, *labelled([("a", "y" * 500), ("longer", "z")]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "x" * 500 and lines[-2] == "a       " + "y" * 500 and lines[-1] == "longer  z"
+    assert console().color_system is None
+
+
+def test_markup_in_data_is_text(capsys: pytest.CaptureFixture[str]) -> None:
+    say("[bold]:smile: 1.0[/bold]")
+    assert capsys.readouterr().out == "[bold]:smile: 1.0[/bold]\n"
+
+
+def test_control_characters_are_spelt_out() -> None:
+    assert printable("a\x1b[31mb\x85\tc\nd\x00\u4e2d") == "a\\x1b[31mb\\x85\tc\nd\\x00\u4e2d"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (3.4, "0:03"), (65, "1:05"), (599.6, "10:00"), (3665, "1:01:05"), (36000, "10:00:00")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_path_is_as_one_types_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert shown(tmp_path / "run" / "step-1") == "run/step-1"
+    assert shown(tmp_path / "my run") == "'my run'"
+    assert shown(Path("/elsewhere/x")) == "/elsewhere/x"
+    assert shown(Path("some/hub-id")) == "some/hub-id"
+
+
+def test_a_program_is_called_by_its_name_only_where_the_shell_finds_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = tmp_path / ".venv" / "bin"
+    own.mkdir(parents=True)
+    (own / "tensorboard").write_text("")
+    (own / "tensorboard").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(own / "python"))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert program("tensorboard") == ".venv/bin/tensorboard"
+    monkeypatch.setenv("PATH", str(own))
+    assert program("tensorboard") == "tensorboard"
