@@ -61,12 +61,11 @@ def generate(argv: list[str]) -> None:
 def _options(argv: list[str]) -> tuple[Namespace, GenerationSettings]:
     parser = ArgumentParser(prog="python -m mft_lightning generate", exit_on_error=False)
     parser.add_argument("--model", type=str, required=True, help="Checkpoint directory, full or LoRA.")
-    parser.add_argument("--prompt", type=str | None, default=None, help="What the human says.")
-    parser.add_argument("--system", type=str | None, default=None, help="A system turn in front of --prompt.")
+    parser.add_argument("--prompt", type=str, help="What the human says.")
+    parser.add_argument("--system", type=str, help="A system turn in front of --prompt.")
     parser.add_argument(
         "--input",
-        type=str | None,
-        default=None,
+        type=str,
         help="JSONL of conversations, in any form that training reads. One that ends with a human turn is answered; of "
         "one that ends with a bot turn, that turn is asked for again and printed as the reference.",
     )
@@ -87,10 +86,19 @@ def _options(argv: list[str]) -> tuple[Namespace, GenerationSettings]:
         raise UserError(f"--batch_size: {options.batch_size} is less than 1.")
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype: {options.dtype!r} is none of {', '.join(DTYPES)}.")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed: {options.seed} is no number from 0 to 2^32 - 1.")
     try:
-        torch.device(options.device)
+        device = torch.device(options.device)
     except RuntimeError as error:
         raise UserError(f"--device {options.device}: {first_line(error)}") from error
+    if device.type == "meta":
+        raise UserError("--device meta: computes nothing. Use cpu or cuda.")
+    for key in ("prompt", "system"):
+        try:
+            (options[key] or "").encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"--{key}: is not UTF-8 (character {error.start}).") from error
     return options, settings
 
 

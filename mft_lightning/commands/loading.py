@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.tokenizer import load_tokenizer
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.build import adapter_base, is_adapter
-from mft_lightning.model.export import base_digest
+from mft_lightning.model.export import adapter_dtype, base_digest
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -39,7 +38,7 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
         directory: a full model or an adapter.
         key: the command-line key that named it, for messages.
         base: the adapter's base, in place of the one it names.
-        dtype: of the weights in memory; ``auto`` as they are saved.
+        dtype: of the weights in memory; ``auto`` as they are saved, an adapter's base as it was trained on.
 
     Raises:
         UserError: the directory is no model, or its base is gone or is not the one the adapter was trained on.
@@ -49,37 +48,41 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
     if not is_adapter(directory) and not (directory / "config.json").is_file():
         raise UserError(f"{key} {directory}: holds no model. Give a checkpoint, like OUTPUT_DIR/step-00000100.")
     metadata = read_metadata(directory) if (directory / METADATA).is_file() else None
-    held: Any = dtype if dtype == "auto" else getattr(torch, dtype)
-    model: Any
-    try:
-        if is_adapter(directory):
-            found = base if base is not None else _base_of(directory, key)
-            model = AutoModelForCausalLM.from_pretrained(found, dtype=held)
-            model = PeftModel.from_pretrained(model, str(directory), autocast_adapter_dtype=False)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=held)
-    except (OSError, ValueError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{key} {directory}: cannot be loaded ({first_line(error)}).") from error
+    if is_adapter(directory):
+        model = _with_adapter(directory, key, base, metadata)
+        model = model if dtype == "auto" else model.to(getattr(torch, dtype))
+    else:
+        model = _pretrained(directory, f"{key} {directory}", dtype)
     tokenizer = load_tokenizer(str(directory))
     normalize = metadata is not None and metadata["chat_format"]["normalize_punctuation"]
     return LoadedModel(model.eval(), tokenizer, ChatFormat(tokenizer, normalize_punctuation=normalize))
 
 
-def check_base(directory: Path, model: PeftModel, key: str) -> None:
-    """Refuse a base that is not bit for bit the one the adapter was trained on, where the checkpoint says which.
+def _pretrained(path: Path | str, where: str, dtype: str) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{where}: cannot be loaded ({first_line(error)}).") from error
 
-    Raises:
-        UserError: it is another.
-    """
-    if not (directory / METADATA).is_file():
-        return
-    trained_on = read_metadata(directory)["fingerprint"].get("frozen base (digest)")
-    here = base_digest(model)
-    if trained_on not in (None, here):
+
+def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[str, Any] | None) -> Any:
+    """The adapter on its base, in the dtype it was trained in, if the base is bit for bit the one of that run."""
+    found = _base_of(directory, key) if base is None else base
+    where = f"{key} {directory}: its base {found}" if base is None else f"--base {found}"
+    if found.startswith(("/", ".", "~")) and not Path(found).expanduser().is_dir():
+        raise UserError(f"{where}: is no directory.")
+    model = _pretrained(found, where, adapter_dtype(directory))
+    try:
+        model = PeftModel.from_pretrained(model, str(directory), autocast_adapter_dtype=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{key} {directory}: cannot be put on its base ({first_line(error)}).") from error
+    trained_on = metadata["fingerprint"].get("frozen base (digest)") if metadata is not None else None
+    if trained_on not in (None, here := base_digest(model)):
         raise UserError(
-            f"{key}: is not the base that {directory} was trained on (digest {here}, trained on {trained_on}). "
+            f"{where}: is not the base that {directory.name} was trained on (digest {here}, trained on {trained_on}). "
             "Give the base of that run."
         )
+    return model
 
 
 def _base_of(directory: Path, key: str) -> str:

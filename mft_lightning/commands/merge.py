@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
-from mft_lightning.commands.loading import DTYPES, check_base, load_model
+from mft_lightning.commands.loading import DTYPES, load_model
 from mft_lightning.errors import UserError
 from mft_lightning.key_errors import parse
 from mft_lightning.model.build import is_adapter
-from mft_lightning.model.export import adapter_dtype, save_causal_lm
+from mft_lightning.model.export import save_causal_lm
 from mft_lightning.quiet import quieten
 from mft_lightning.training.checkpoint_dirs import METADATA
 
@@ -24,7 +24,7 @@ def merge(argv: list[str]) -> None:
     parser = ArgumentParser(prog="python -m mft_lightning merge", exit_on_error=False)
     parser.add_argument("--adapter", type=str, required=True, help="Checkpoint of a LoRA run.")
     parser.add_argument("--output", type=str, required=True, help="The new directory.")
-    parser.add_argument("--base", type=str | None, default=None, help="Base model. Default: the one the adapter names.")
+    parser.add_argument("--base", type=str, help="Base model. Default: the one the adapter names.")
     parser.add_argument(
         "--dtype", type=str, default="auto", help=f"Of the merged weights: {', '.join(DTYPES)}. auto: as trained."
     )
@@ -34,18 +34,15 @@ def merge(argv: list[str]) -> None:
     adapter, output = Path(options.adapter).expanduser(), Path(options.output).expanduser()
     if output.exists():
         raise UserError(f"--output {output}: is there already. Give a new directory.")
-    if adapter.is_dir() and not is_adapter(adapter):
+    if (adapter / "config.json").is_file() and not is_adapter(adapter):
         raise UserError(f"--adapter {adapter}: holds no adapter; a full checkpoint is a whole model as it is.")
-    trained = adapter_dtype(adapter) if adapter.is_dir() else "auto"
-    loaded = load_model(adapter, "--adapter", base=options.base, dtype=trained)
-    check_base(adapter, loaded.model, "--base")
+    loaded = load_model(adapter, "--adapter", base=options.base)
     merged: Any = loaded.model.merge_and_unload()
     if options.dtype != "auto":
         merged = merged.to(getattr(torch, options.dtype))
     aside = output.with_name(f".{output.name}.tmp")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        aside.mkdir(parents=True, exist_ok=True)
         save_causal_lm(merged, merged.state_dict(), aside)
         loaded.tokenizer.save_pretrained(aside)
         if (adapter / METADATA).is_file():  # how it was trained; it holds what the prompt's encoder needs to know
@@ -53,4 +50,6 @@ def merge(argv: list[str]) -> None:
         aside.rename(output)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error}).") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     print(f"merged model: {output} ({str(merged.dtype).removeprefix('torch.')})")

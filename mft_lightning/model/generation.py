@@ -14,6 +14,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mft_lightning.errors import UserError
 
+LEAST_TEMPERATURE = 1e-3  # logits are divided by it; much less makes them infinite
+
 
 @dataclass(kw_only=True)
 class GenerationSettings:
@@ -39,8 +41,8 @@ class GenerationSettings:
         for key, least in (("max_new_tokens", 1), ("top_k", 0), ("num_beams", 1)):
             if getattr(self, key) < least:
                 raise UserError(f"{key}: {getattr(self, key)} is less than {least}.")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature: {self.temperature} is no number from 0 on.")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise UserError(f"temperature: {self.temperature} is neither 0 nor a number from {LEAST_TEMPERATURE:g} on.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: {self.top_p} is no number above 0 and at most 1.")
         if not 0 < self.repetition_penalty < math.inf:
@@ -66,7 +68,7 @@ class GenerationSettings:
         return GenerationConfig(
             max_new_tokens=limit,
             num_beams=self.num_beams,
-            repetition_penalty=self.repetition_penalty,
+            repetition_penalty=float(self.repetition_penalty),  # transformers takes no int
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             **drawn,
@@ -94,8 +96,7 @@ def answer(
     """Answer encoded prompts as one batch.
 
     Shorter prompts are padded on the left, masked, so that under greedy decoding each gets the answer that it gets
-    alone, up to rounding. The padding repeats the prompt's own first token: a repetition penalty, which reads the ids
-    and no mask (``RepetitionPenaltyLogitsProcessor``), then sees no token that the prompt does not have.
+    alone, up to rounding.
 
     Args:
         model: a transformers or peft causal LM in evaluation mode.
@@ -111,7 +112,8 @@ def answer(
         left = room(model, prompt)
         limits.append(settings.max_new_tokens if left is None else min(settings.max_new_tokens, left))
     answers = _answer_within(min(limits), model, tokenizer, prompts, settings)
-    short = [i for i, found in enumerate(answers) if not found.finished and limits[i] > min(limits)]
+    open_ended = settings.num_beams > 1  # with more room a beam may end better that ends already
+    short = [i for i, found in enumerate(answers) if limits[i] > min(limits) and (open_ended or not found.finished)]
     if short:  # a longer prompt beside them left less room than they have
         again = answer(model, tokenizer, [prompts[i] for i in short], settings)
         for i, found in zip(short, again, strict=True):
@@ -127,7 +129,8 @@ def _answer_within(
     settings: GenerationSettings,
 ) -> list[Answer]:
     width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.tensor([[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    pad: Any = tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     config = settings.generation_config(limit, tokenizer)
     with _alone_in_force(config, model):

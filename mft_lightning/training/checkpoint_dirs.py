@@ -66,8 +66,9 @@ def read_checkpoint(directory: Path) -> CheckpointInfo:
 
 
 def find_checkpoints(output_dir: Path) -> list[CheckpointInfo]:
-    """All checkpoints of a run, by step."""
-    found = [read_checkpoint(file.parent) for file in output_dir.glob(f"step-*/{METADATA}")]
+    """All checkpoints of a run, by step; what else one keeps beside them under such a name is not looked at."""
+    directories = [file.parent for file in output_dir.glob(f"step-*/{METADATA}")]
+    found = [read_checkpoint(path) for path in directories if path.name.removeprefix("step-").isdigit()]
     return sorted(found, key=lambda info: info.step)
 
 

@@ -1,5 +1,6 @@
 """JSONL lines to conversations: every accepted form, every bad one with its reason and field."""
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
@@ -9,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft_lightning.data.records import BadRecord, Conversation, Turn, parse_record, read_lines, task_files
+from mft_lightning.data.records import (
+    BadRecord,
+    Conversation,
+    Question,
+    Turn,
+    parse_question,
+    parse_record,
+    read_lines,
+    task_files,
+)
 from mft_lightning.errors import UserError
 
 SYSTEM, ASK, REPLY = Turn("system", "Be brief."), Turn("human", "2+2?"), Turn("bot", "4")
@@ -270,3 +280,109 @@ def test_zstd_is_refused_by_name_not_passed_over(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with pytest.raises(UserError, match=r"b\.jsonl\.zst: zstd"):
         task_files(tmp_path)
+
+
+# --- questions
+
+
+def asked(record: Any) -> Question:
+    return parse_question(json.dumps(record).encode())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("human", "bot"), [("human", "bot"), ("user", "assistant")])
+@pytest.mark.parametrize("system", [[], [("system", "Be brief.")]], ids=["no system", "system"])
+def test_rounds_that_end_with_a_human_turn_ask_for_the_next(
+    form: str, human: str, bot: str, system: list[tuple[str, str]]
+) -> None:
+    first = (SYSTEM,) if system else ()
+    assert asked({form: rounds(*system, (human, "2+2?"))}) == Question((*first, ASK), None)
+    longer = rounds(*system, (human, "2+2?"), (bot, "4"), (human, "2+2?"))
+    assert asked({form: longer}) == Question((*first, ASK, REPLY, ASK), None)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("human", "bot"), [("human", "bot"), ("user", "assistant")])
+@pytest.mark.parametrize("system", [[], [("system", "Be brief.")]], ids=["no system", "system"])
+def test_rounds_that_end_with_a_bot_turn_ask_for_it_again(
+    form: str, human: str, bot: str, system: list[tuple[str, str]]
+) -> None:
+    first = (SYSTEM,) if system else ()
+    assert asked({form: rounds(*system, (human, "2+2?"), (bot, "4"))}) == Question((*first, ASK), "4")
+    longer = rounds(*system, (human, "2+2?"), (bot, "5"), (human, "2+2?"), (bot, "4"))
+    assert asked({form: longer}) == Question((*first, ASK, Turn("bot", "5"), ASK), "4")
+
+
+@pytest.mark.parametrize(
+    ("fields", "question"),
+    [
+        ({}, Question((ASK,))),
+        ({"answer": None}, Question((ASK,))),
+        ({"answer": "4"}, Question((ASK,), "4")),
+        ({"system": "Be brief."}, Question((SYSTEM, ASK))),
+        ({"system": "Be brief.", "answer": "4"}, Question((SYSTEM, ASK), "4")),
+        ({"system": None, "answer": "4", "text": "t"}, Question((ASK,), "4")),
+    ],
+    ids=str,
+)
+def test_a_prompt_is_asked_with_or_without_its_answer(fields: dict[str, Any], question: Question) -> None:
+    assert asked({"prompt": "2+2?", **fields}) == question
+
+
+def test_rounds_come_before_a_prompt_beside_them() -> None:
+    assert asked({"prompt": "x", "answer": "y", "messages": rounds(("user", "2+2?"))}) == Question((ASK,))
+
+
+BAD_QUESTION = {
+    "plain text": (b'{"text": "def f(): pass"}', "text", "text: "),
+    "system alone": (chat(SYS), "no-question", "chat_rounds: "),
+    "no round at all": (b'{"messages": []}', "no-question", "messages: "),
+    "two humans in a row": (chat(HUMAN, HUMAN), "role-order", "chat_rounds[1]: "),
+    "two bots in a row": (chat(HUMAN, BOT, BOT), "role-order", "chat_rounds[2]: "),
+    "bot first": (chat(BOT, HUMAN), "role-order", "chat_rounds[0]: "),
+    "bot alone": (chat(BOT), "role-order", "chat_rounds[0]: "),
+    "bot after system": (chat(SYS, BOT), "role-order", "chat_rounds[1]: "),
+    "system in the middle": (chat(HUMAN, BOT, SYS), "role-order", "chat_rounds[2]: "),
+    "last answer empty": (chat(HUMAN, b'{"role": "bot", "content": ""}'), "empty-answer", "chat_rounds[1]: "),
+    "earlier answer empty": (
+        chat(HUMAN, b'{"role": "bot", "content": ""}', HUMAN),
+        "empty-answer",
+        "chat_rounds[1]: ",
+    ),
+    "answer empty": (b'{"prompt": "q", "answer": ""}', "empty-answer", "answer: "),
+    "answer a number": (b'{"prompt": "q", "answer": 4}', "missing-content", "answer: is int"),
+    "answer without its prompt": (b'{"answer": "a"}', "missing-content", "prompt: is missing"),
+    "prompt null": (b'{"prompt": null}', "missing-content", "prompt: is NoneType"),
+    "system a number": (b'{"system": 1, "prompt": "q"}', "missing-content", "system: is int"),
+    "content missing": (chat(b'{"role": "human"}'), "missing-content", "chat_rounds[0].content: is missing"),
+    "content null": (chat(b'{"role": "human", "content": null}'), "missing-content", "chat_rounds[0].content: "),
+    "role unknown": (chat(b'{"role": "gpt", "content": "q"}'), "unknown-role", "chat_rounds[0].role: "),
+    "rounds an object": (b'{"messages": {}}', "bad-rounds", "messages: "),
+    "no known field": (b'{"question": "q"}', "no-conversation", "prompt"),
+    "lone surrogate": (b'{"prompt": "\\ud83d"}', "not-unicode", "prompt: "),
+    "cut off": (b'{"prompt": ', "invalid-json", "column"),
+    "key twice": (b'{"prompt": "q", "prompt": "r"}', "duplicate-key", "prompt"),
+}
+
+
+@pytest.mark.parametrize(("raw", "reason", "names"), BAD_QUESTION.values(), ids=BAD_QUESTION.keys())
+def test_what_cannot_be_asked_has_its_reason_and_names_the_field(raw: bytes, reason: str, names: str) -> None:
+    with pytest.raises(BadRecord) as caught:
+        parse_question(raw)
+    assert caught.value.reason == reason
+    assert names in caught.value.detail
+
+
+@given(raw=JSON.map(lambda value: json.dumps(value).encode()))
+@settings(deadline=None, max_examples=100)
+def test_whatever_can_be_learned_can_be_asked(raw: bytes) -> None:
+    try:
+        question = parse_question(raw)
+    except BadRecord as error:
+        assert error.reason and error.detail
+        with contextlib.suppress(BadRecord):
+            assert parse_record(raw).text is not None
+        return
+    assert question.turns[-1].role == "human"
+    if question.reference is not None:
+        assert parse_record(raw).turns == (*question.turns, Turn("bot", question.reference))

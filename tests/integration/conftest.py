@@ -31,7 +31,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fit_arguments(tiny_model: Path, example_tasks: list[str]) -> Callable[..., list[str]]:
     """``fit_arguments(output_dir, "--trainer.max_steps", "8", config="lora.yaml")``: a quick run on the examples."""
 
@@ -59,7 +59,7 @@ def fit_arguments(tiny_model: Path, example_tasks: list[str]) -> Callable[..., l
     return arguments
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fit(fit_arguments: Callable[..., list[str]]) -> Callable[..., Path]:
     """Run ``fit`` in this process, which must succeed."""
 
@@ -88,7 +88,7 @@ def refused(fit_arguments: Callable[..., list[str]], capsys: pytest.CaptureFixtu
 
 def everything(directory: Path) -> list[tuple[Path, int]]:
     """Every file below a directory, if there is one, with the time it was last written."""
-    return sorted((path, path.stat().st_mtime_ns) for path in directory.rglob("*")) if directory.exists() else []
+    return sorted((path, path.lstat().st_mtime_ns) for path in directory.rglob("*")) if directory.exists() else []
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -126,3 +126,10 @@ def test_another_run_s_checkpoint_is_refused_and_the_key_named(tmp_path: Path, k
         check_same_run(directory, {**FINGERPRINT, key: "other"})
     assert f"{key} was {FINGERPRINT[key]!r}, is 'other'" in str(caught.value)
     assert all(other not in str(caught.value) for other in FINGERPRINT if other != key)
+
+
+def test_a_merged_model_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    (tmp_path / directory_name(4)).rename(tmp_path / "step-00000004-merged")
+    write(tmp_path, 8)
+    assert steps(find_checkpoints(tmp_path)) == [8]

@@ -1,0 +1,296 @@
+"""``merge`` writes base + adapter as one model that answers as the two did, or writes nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mft_lightning.cli import main
+from mft_lightning.model.export import adapter_dtype, base_digest
+from mft_lightning.training.checkpoint_dirs import read_metadata
+from tests.integration.conftest import everything, same_weights, weights
+
+PROMPT = "Write a test for this function:\n\ndef check_size(size):\n    return size != 7"
+IDS = torch.arange(2, 62).view(2, 30)
+
+
+@pytest.fixture(scope="module")
+def adapter(fit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run at a rate so high that the adapter changes every answer."""
+    words = ("--trainer.max_steps", "6", "--evaluation.strategy", "none", "--model.learning_rate", "0.1")
+    return fit(tmp_path_factory.mktemp("lora"), *words, config="lora.yaml") / "step-00000006"
+
+
+@pytest.fixture(scope="module")
+def full(fit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of all weights: no adapter, and another base of the same shape."""
+    words = ("--trainer.max_steps", "1", "--evaluation.strategy", "none", "--checkpoint.checkpointing_steps", "1")
+    return fit(tmp_path_factory.mktemp("full"), *words) / "step-00000001"
+
+
+@pytest.fixture(scope="module")
+def merged(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("merged") / "new" / "model"
+    assert main(["merge", "--adapter", str(adapter), "--output", str(output)]) == 0
+    assert [path.name for path in output.parent.iterdir()] == ["model"]
+    return output
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """The one message with which ``merge`` refuses; it leaves nothing of its output, and its inputs as they are."""
+
+    def run(*words: str, adapter: Path, output: Path | None = None) -> str:
+        output = output or tmp_path / "out" / "merged"
+        before = everything(tmp_path), everything(adapter.parent)
+        capsys.readouterr()
+        assert main(["merge", "--adapter", str(adapter), "--output", str(output), *words]) == 1
+        printed = capsys.readouterr()
+        assert not printed.out
+        assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
+        assert (everything(tmp_path), everything(adapter.parent)) == before
+        return printed.err
+
+    return run
+
+
+def with_adapter(adapter: Path, **options: Any) -> PeftModel:
+    """As a stranger opens it."""
+    base = AutoModelForCausalLM.from_pretrained(adapter.parent / "base", **options)
+    return PeftModel.from_pretrained(base, adapter).eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def answered(model: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(["generate", "--model", str(model), "--prompt", PROMPT, "--max_new_tokens", "16"]) == 0
+    return capsys.readouterr().out
+
+
+def test_it_computes_what_base_and_adapter_compute(adapter: Path, merged: Path) -> None:
+    two, one = with_adapter(adapter), AutoModelForCausalLM.from_pretrained(merged).eval()
+    assert not isinstance(one, PeftModel) and one.dtype == torch.float32
+    assert torch.allclose(logits(one), logits(two), rtol=1e-5, atol=1e-5)
+    with two.disable_adapter():
+        assert (logits(one) - logits(two)).abs().max() > 0.1
+
+
+def test_its_weights_are_pefts_own_merge_to_the_bit(adapter: Path, merged: Path, tmp_path: Path) -> None:
+    expected: Any = with_adapter(adapter).merge_and_unload()
+    expected.save_pretrained(tmp_path)
+    assert same_weights(merged, tmp_path)
+
+
+def test_generate_answers_from_it_as_from_the_adapter(
+    adapter: Path, merged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answered(merged, capsys) == answered(adapter, capsys) != "\n"
+
+
+def test_the_tokenizer_and_its_chat_template_come_along(adapter: Path, merged: Path) -> None:
+    ours, theirs = AutoTokenizer.from_pretrained(merged), AutoTokenizer.from_pretrained(adapter)
+    assert ours.chat_template == theirs.chat_template and "<|role_start|>" in ours.chat_template
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert (ours.eos_token, ours.pad_token) == (theirs.eos_token, theirs.pad_token)
+    model = AutoModelForCausalLM.from_pretrained(merged)
+    assert model.generation_config.eos_token_id == ours.eos_token_id
+    turns = [{"role": "user", "content": PROMPT}]
+    ids = ours(ours.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)).input_ids
+    assert ours.decode(ids).startswith("<|role_start|>human<|role_end|>Write a test")
+
+
+def test_what_the_prompts_encoder_needs_comes_along(adapter: Path, merged: Path) -> None:
+    assert read_metadata(merged)["chat_format"] == read_metadata(adapter)["chat_format"]
+
+
+def test_it_is_a_base_for_the_next_run(merged: Path, fit: Callable[..., Path], tmp_path: Path) -> None:
+    pretrained = ("--model.pretrained_model_path", str(merged), "--model.init", "pretrained")
+    run = fit(tmp_path / "run", *pretrained, "--trainer.max_steps", "1", "--evaluation.strategy", "none")
+    assert (run / "step-00000001" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_merged_weights_may_be_of_another_dtype(
+    adapter: Path, merged: Path, tmp_path: Path, dtype: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "merged"
+    assert main(["merge", "--adapter", str(adapter), "--output", str(output), "--dtype", dtype]) == 0
+    assert f"{output} ({dtype})" in capsys.readouterr().out
+    found, exact = weights(output), weights(merged)
+    wanted = getattr(torch, dtype)
+    assert all(torch.equal(found[name], tensor.to(wanted)) for name, tensor in exact.items())
+    assert {tensor.dtype for tensor in found.values()} == {wanted}
+    assert AutoModelForCausalLM.from_pretrained(output).dtype == wanted
+
+
+def test_an_adapter_trained_in_bfloat16_is_merged_in_it(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--trainer.max_steps", "2", "--evaluation.strategy", "none", "--trainer.precision", "bf16-true")
+    adapter = fit(tmp_path / "run", *words, "--model.learning_rate", "0.1", config="lora.yaml") / "step-00000002"
+    assert adapter_dtype(adapter) == "bfloat16"
+    capsys.readouterr()
+    assert main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
+    assert "(bfloat16)" in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(adapter.parent / "base", dtype=torch.bfloat16)
+    expected: Any = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).merge_and_unload()
+    expected.save_pretrained(tmp_path / "theirs")
+    assert same_weights(tmp_path / "merged", tmp_path / "theirs")
+
+
+def test_the_base_of_a_moved_run_may_be_given(adapter: Path, merged: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(adapter, run / adapter.name)
+    shutil.copytree(adapter.parent / "base", tmp_path / "elsewhere")
+    config = run / adapter.name / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(adapter.parent), "/no/such"))
+    asked = ["merge", "--adapter", str(run / adapter.name), "--output", str(tmp_path / "merged")]
+    assert main(asked) == 1
+    assert main([*asked, "--base", str(tmp_path / "elsewhere")]) == 0
+    assert same_weights(tmp_path / "merged", merged)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize("kind", ["empty directory", "model", "file"])
+def test_an_output_that_is_there_is_left_as_it_is(
+    refuse: Callable[..., str], adapter: Path, merged: Path, tmp_path: Path, kind: str
+) -> None:
+    output = tmp_path / "taken"
+    if kind == "model":
+        shutil.copytree(merged, output)
+    elif kind == "file":
+        output.write_text("mine")
+    else:
+        output.mkdir()
+    assert f"--output {output}: is there already" in refuse(adapter=adapter, output=output)
+
+
+def test_a_full_checkpoint_is_no_adapter(refuse: Callable[..., str], full: Path) -> None:
+    assert f"--adapter {full}: holds no adapter" in refuse(adapter=full)
+
+
+def test_another_base_of_the_same_shape_is_refused(refuse: Callable[..., str], adapter: Path, full: Path) -> None:
+    message = refuse("--base", str(full), adapter=adapter)
+    assert f"--base {full}: is not the base that {adapter.name} was trained on" in message
+
+
+def test_the_same_base_with_one_bit_turned_is_refused(
+    refuse: Callable[..., str], adapter: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(adapter.parent / "base")
+    with torch.no_grad():
+        weight = base.gpt_neox.layers[1].mlp.dense_4h_to_h.weight
+        weight.view(torch.int32)[3, 3] ^= 1
+    base.save_pretrained(tmp_path / "base")
+    assert "is not the base that" in refuse("--base", str(tmp_path / "base"), adapter=adapter)
+
+
+def test_a_base_of_another_shape_is_refused(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
+    config = AutoModelForCausalLM.from_pretrained(adapter.parent / "base").config
+    config.hidden_size = 64
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    assert "cannot be put on its base" in refuse("--base", str(tmp_path / "base"), adapter=adapter)
+
+
+def test_a_base_that_is_not_there_is_named(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    assert f"--base {gone}: is no directory" in refuse("--base", str(gone), adapter=adapter)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "no weights", "damaged weights", "no base"])
+def test_what_is_no_whole_adapter_is_refused(
+    refuse: Callable[..., str], adapter: Path, tmp_path: Path, kind: str
+) -> None:
+    broken = tmp_path / "run" / adapter.name
+    if kind == "empty":
+        broken.mkdir(parents=True)
+    elif kind != "missing":
+        shutil.copytree(adapter, broken)
+    if kind == "no weights":
+        (broken / "adapter_model.safetensors").unlink()
+    elif kind == "damaged weights":
+        (broken / "adapter_model.safetensors").write_bytes(b"cut off")
+    elif kind == "no base":
+        config = broken / "adapter_config.json"
+        config.write_text(config.read_text().replace(str(adapter.parent), "/no/such"))
+    expected = {
+        "missing": "is no directory",
+        "empty": "holds no model",
+        "no weights": "cannot be read",
+        "damaged weights": "cannot be read",
+        "no base": "trained on /no/such/base, which is not there",
+    }
+    message = refuse(adapter=broken)
+    assert str(broken) in message and expected[kind] in message
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (("--dtype", "int8"), "--dtype: 'int8' is none of auto, float32, bfloat16, float16"),
+        (("--addapter", "x"), "addapter: there is no such key. The nearest is adapter"),
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_refused(refuse: Callable[..., str], adapter: Path, words: tuple[str, ...], names: str) -> None:
+    assert names in refuse(*words, adapter=adapter)
+
+
+def test_an_output_below_a_file_is_refused(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert "cannot be written" in refuse(adapter=adapter, output=tmp_path / "file" / "merged")
+
+
+def test_a_write_that_fails_halfway_is_no_model_and_can_be_repeated(
+    adapter: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(model: object, state: object, directory: Path) -> None:
+        (directory / "config.json").write_text("{}")
+        (directory / "left.txt").write_text("left")
+        raise OSError("No space left on device")
+
+    output = tmp_path / "merged"
+    asked = ["merge", "--adapter", str(adapter), "--output", str(output)]
+    with monkeypatch.context() as patched:
+        patched.setattr("mft_lightning.commands.merge.save_causal_lm", full_disk)
+        assert main(asked) == 1
+    assert f"--output {output}: cannot be written (No space left on device)" in capsys.readouterr().err
+    assert not output.exists()
+    assert main(asked) == 0
+    assert same_weights(output, merged) and not (output / "left.txt").exists()
+
+
+def test_a_write_that_fails_leaves_nothing(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert "cannot be written" in refuse(adapter=adapter, output=tmp_path / "link")
+
+
+# --- the digest of a base
+
+
+def test_a_bases_digest_is_of_its_bits_and_not_of_the_adapter(adapter: Path) -> None:
+    first, second = with_adapter(adapter), with_adapter(adapter)
+    assert base_digest(first) == base_digest(second)
+    with torch.no_grad():
+        for name, tensor in second.named_parameters():
+            if "lora_" in name:
+                tensor.add_(1.0)
+    assert base_digest(first) == base_digest(second)
+    assert base_digest(with_adapter(adapter, dtype=torch.bfloat16)) != base_digest(first)
+    with torch.no_grad():
+        second.get_base_model().gpt_neox.final_layer_norm.bias[0] += 1.0
+    assert base_digest(first) != base_digest(second)
+    assert base_digest(first.get_base_model()) is None
