@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -28,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     # Read when torch is imported. Waiting threads spin by default, and then a busy neighbour on a laptop's cores makes
     # the steps of a small model many times slower (docs/training.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of few letters shows the others by their numbers
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] if argv is None else argv
     verbose = "--verbose" in arguments
     arguments = [word for word in arguments if word != "--verbose"]
@@ -43,6 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         if verbose:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        print("error: standard output was closed.", file=sys.stderr)
         return 1
     return 0
 

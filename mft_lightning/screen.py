@@ -2,67 +2,116 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 GAP = 2  # columns between those of a table
 _WIDE = 10_000  # columns of what is no terminal, so that nothing is folded or cut in a file or a pipe
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+# control characters, line separators, and marks that turn the direction of what follows
+_CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
 
 
-def console() -> Console:
+class Screen(Console):
+    """rich's console, for which a reader that left is an error like any other."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+def console() -> Screen:
     """The standard output, as it is now."""
-    screen = Console(markup=False, highlight=False, emoji=False)
+    screen = Screen(markup=False, highlight=False, emoji=False)
     if not screen.is_terminal:
-        screen = Console(markup=False, highlight=False, emoji=False, width=_WIDE)
+        screen = Screen(markup=False, highlight=False, emoji=False, width=_WIDE)
     return screen
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """``… | head`` closes the pipe when it has enough; that is no error."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes once more, and complains
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table: the first column and those named in ``left`` stand to the left, numbers to the right."""
+    """A table: the first column and those named in ``left`` stand to the left, numbers to the right.
+
+    Where the screen is too narrow its columns become rows, and where that does not fit either each row a paragraph.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: Sequence[str] = ()
 
     def __rich_console__(self, screen: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """As a table, or, where the screen is too narrow for its numbers, as a paragraph for each row."""
-        cells = [[row[number] for row in self.rows] for number in range(len(self.columns))]
-        space = options.max_width - GAP * len(self.columns)
-        widths = [max(map(len, [*column, name])) for column, name in zip(cells, self.columns, strict=True)]
-        if sum(widths) > space:  # the names of the columns are folded between their words
-            widths = [max(map(len, [*column, *name.split()])) for column, name in zip(cells, self.columns, strict=True)]
-        if sum(widths) > space:
-            for row in self.rows:
-                named = zip(self.columns[1:], row[1:], strict=True)
-                yield Text(row[0], style="bold")
-                yield Text("  " + ", ".join(f"{name} {cell}" for name, cell in named if cell))
+        for folded in (False, True):  # names of columns fold between their words, numbers never
+            widths = self._widths(folded)
+            if sum(widths) + GAP * len(widths) <= options.max_width:
+                yield self._table(widths)
+                return
+        turned = Grid(("", *(row[0] for row in self.rows)), list(zip(self.columns, *self.rows, strict=True))[1:])
+        widths = turned._widths(folded=False)
+        if sum(widths) + GAP * len(widths) <= options.max_width:
+            yield turned._table(widths)
             return
+        for row in self.rows:
+            named = zip(self.columns[1:], row[1:], strict=True)
+            yield Text(row[0], style="bold")
+            yield Text("  " + ", ".join(f"{name} {cell}" for name, cell in named if cell))
+
+    def _widths(self, folded: bool) -> list[int]:
+        widths = []
+        for number, name in enumerate(self.columns):
+            words = name.split() if folded else [name]
+            widths.append(max(map(cell_len, [*words, *(row[number] for row in self.rows)])))
+        return widths
+
+    def _table(self, widths: Sequence[int]) -> Table:
         made = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
         for number, (name, width) in enumerate(zip(self.columns, widths, strict=True)):
             made.add_column(name, justify="left" if number == 0 or name in self.left else "right", width=width)
         for row in self.rows:
             made.add_row(*row)
-        yield made
+        return made
 
 
 def say(*lines: str | Text | Grid) -> None:
     """Print lines and tables. Lines are broken by the terminal, never by us, so that paths can be copied."""
     screen = console()
     for line in lines:
-        screen.print(line, soft_wrap=not isinstance(line, Grid))
+        if isinstance(line, Grid) and not screen.is_terminal:
+            with screen.capture() as captured:
+                screen.print(line)
+            screen.file.write("".join(row.rstrip() + "\n" for row in captured.get().splitlines()))
+        elif isinstance(line, Grid):
+            screen.print(line)
+        else:
+            screen.print(printable(line) if isinstance(line, str) else line, soft_wrap=True)
     screen.file.flush()
+
+
+def json_line(value: object) -> str:
+    """JSON as text that every reader takes for one line: separators that some break lines at are escaped."""
+    return json.dumps(value, ensure_ascii=False).translate(_LINE_BREAKS)
 
 
 def labelled(lines: Sequence[tuple[str, str]]) -> list[Text]:
@@ -73,7 +122,11 @@ def labelled(lines: Sequence[tuple[str, str]]) -> list[Text]:
 
 def printable(text: str) -> str:
     """``text`` with control characters spelt out, so that data cannot drive the terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+    return _CONTROL.sub(lambda found: _spelt(ord(found.group())), text)
+
+
+def _spelt(code: int) -> str:
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 def duration(seconds: float) -> str:

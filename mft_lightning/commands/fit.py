@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import tempfile
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning as L
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from mft_lightning.commands.outcome import run_summary, task_results
 from mft_lightning.commands.report import run_plan
@@ -89,7 +90,7 @@ def fit(argv: list[str]) -> None:
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)
     _tell_outcome(config, trainer, total_steps, time.perf_counter() - start)
     if stop.received:
-        say("stopped by SIGTERM; go on with the same command and --ckpt_path last")
+        say(f"stopped by SIGTERM{'' if trainer.global_step < total_steps else ' when all steps were done'}")
         raise SystemExit(128 + signal.SIGTERM)
 
 
@@ -98,26 +99,39 @@ def _tell_outcome(config: RunConfig, trainer: L.Trainer, total_steps: int, secon
     datamodule, step = config.datamodule, trainer.global_step
     epochs = step / datamodule.plan.steps_per_epoch
     say("", f"trained to step {step:,} of {total_steps:,} ({epochs:.1f} epochs) in {duration(seconds)}")
-    stopping = _callback(trainer, EarlyStopping)
-    go_on = _to_go_on(config.trainer_keys(config.config_init), step, total_steps)
+    go_on = []
+    stopping, clock = _callback(trainer, EarlyStopping), _callback(trainer, Timer)
     if stopping is not None and stopping.wait_count >= stopping.patience:
         say(f"stopped early: {stopping.monitor} has not improved for {stopping.patience} validation(s)")
-        go_on = f"--early_stopping.patience {2 * stopping.patience}"
+        go_on.append(f"--early_stopping.patience {2 * stopping.patience}")
+    if clock is not None and (clock.time_remaining() or 0) <= 0:
+        say("stopped by the clock: trainer.max_time is over")
+        go_on.append("--trainer.max_time null")
+    keys = config.trainer_keys(config.config_init)
+    go_on += _twice_as_long(keys, step, datamodule.plan.steps_per_epoch) if step >= total_steps else []
     evaluation, exact_match = _callback(trainer, Evaluation), _callback(trainer, ExactMatch)
-    if evaluation is not None and evaluation.metrics:
+    if evaluation is not None and (metrics := _validated(config, evaluation, step)):
         exact = exact_match.counts if exact_match is not None else None
-        results = task_results(datamodule, "valid", evaluation.metrics, before=evaluation.before, exact=exact)
-        say("", f"validation at step {evaluation.step:,}", results)
-    say("", *run_summary(config.output_dir, config.tensorboard_dir, config.settings.checkpoint, go_on))
+        results = task_results(datamodule, "valid", metrics, before=evaluation.before, exact=exact)
+        say("", f"validation at step {step:,}", results)
+    say("", *run_summary(config.output_dir, config.tensorboard_dir, config.settings.checkpoint, " ".join(go_on)))
 
 
-def _to_go_on(keys: dict[str, Any], step: int, total_steps: int) -> str:
-    """What to add to the command that resumes, for twice the length where the run went its whole length."""
-    if step < total_steps:
-        return "--trainer.max_time null" if keys.get("max_time") is not None else ""
-    if 0 < keys["max_steps"] <= step:
-        return f"--trainer.max_steps {2 * step}"
-    return f"--trainer.max_epochs {2 * keys['max_epochs']}"
+def _validated(config: RunConfig, evaluation: Evaluation, step: int) -> dict[str, float]:
+    """What the validation at the last step measured: in this run or, if it took no step, in the one it resumed."""
+    if evaluation.step == step:
+        return evaluation.metrics
+    return next((info.metrics for info in find_checkpoints(config.output_dir) if info.step == step), {})
+
+
+def _twice_as_long(keys: dict[str, Any], step: int, steps_per_epoch: int) -> list[str]:
+    """The limits to raise so that a run that is done takes as many steps again."""
+    words = []
+    if 0 < keys["max_steps"] < 2 * step:
+        words.append(f"--trainer.max_steps {2 * step}")
+    if keys["max_epochs"] is not None and 0 < keys["max_epochs"] * steps_per_epoch < 2 * step:
+        words.append(f"--trainer.max_epochs {math.ceil(2 * step / steps_per_epoch)}")
+    return words
 
 
 def _callback(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
@@ -131,6 +145,8 @@ def _check_evaluation(config: RunConfig, datamodule: MFTDataModule) -> None:
     monitor = settings.checkpoint.monitor
     check_exact_match(settings.evaluation, datamodule)
     if not settings.evaluation.enabled:
+        if settings.evaluation.exact_match_per_task is not None:
+            raise UserError("evaluation.exact_match_per_task: needs validations, but evaluation.strategy is none.")
         if settings.early_stopping.patience != -1 or monitor != "val/loss":
             key = "checkpoint.monitor" if monitor != "val/loss" else "early_stopping.patience"
             raise UserError(f"{key}: needs validations, but evaluation.strategy is none.")

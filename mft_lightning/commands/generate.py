@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from mft_lightning.errors import UserError, first_line
 from mft_lightning.key_errors import parse
 from mft_lightning.model.generation import Answer, GenerationSettings, answer, room
 from mft_lightning.quiet import quieten
+from mft_lightning.screen import json_line, reader_may_leave
 
 WINDOW = 8  # batches that are sorted by length together, so that little is padding and answers still come in order
 
@@ -39,23 +38,19 @@ def generate(argv: list[str]) -> None:
     quieten()
     options, settings = _options(argv)
     questions = _read_questions(options)
-    dtype = options.dtype
-    if dtype == "auto" and torch.device(options.device).type == "cpu":
-        dtype = "float32"  # a CPU adds up in float32 anyway, and ties of short numbers would break by batch size
-    loaded = load_model(Path(options.model).expanduser(), "--model", dtype=dtype)
+    loaded = load_model(Path(options.model).expanduser(), "--model", dtype=options.dtype)
     asked = [_encoded(loaded, *question) for question in questions]
     try:
         loaded.model.to(options.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device}: {first_line(error)}") from error
     torch.manual_seed(options.seed)
-    if options.prompt is not None:
-        (found,) = answer(loaded.model, loaded.tokenizer, [asked[0].prompt], settings)
-        print(_text(loaded, found))
-        return
-    with suppress(BrokenPipeError):  # `generate … | head` is no error
+    with reader_may_leave():
         for question, found in _answers(loaded, asked, settings, options.batch_size):
-            print(json.dumps(_as_object(loaded, question, found), ensure_ascii=False), flush=True)
+            if options.prompt is not None:
+                print(loaded.chat_format.decode(found.ids))
+            else:
+                print(json_line(_as_object(loaded, question, found)), flush=True)
 
 
 def _options(argv: list[str]) -> tuple[Namespace, GenerationSettings]:
@@ -74,7 +69,10 @@ def _options(argv: list[str]) -> tuple[Namespace, GenerationSettings]:
     parser.add_argument("--seed", type=int, default=42, help="Of what is drawn at a temperature above 0.")
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda.")
     parser.add_argument(
-        "--dtype", type=str, default="auto", help=f"{', '.join(DTYPES)}. auto: float32 on a CPU, as saved elsewhere."
+        "--dtype",
+        type=str,
+        default="float32",
+        help=f"Of the weights: {', '.join(DTYPES)}. auto: as saved. Below float32 an answer may depend on its batch.",
     )
     options = parse(parser, argv)
     settings = GenerationSettings(**{key: options[key] for key in GenerationSettings.__dataclass_fields__})
@@ -149,13 +147,9 @@ def _as_object(loaded: LoadedModel, asked: Asked, found: Answer) -> dict[str, An
     about: dict[str, Any] = {
         "line": asked.line,
         "prompt": asked.question.turns[-1].content,
-        "answer": _text(loaded, found),
+        "answer": loaded.chat_format.decode(found.ids),
         "finish_reason": "stop" if found.finished else "length",
     }
     if asked.question.reference is not None:
         about["reference"] = asked.question.reference
     return about
-
-
-def _text(loaded: LoadedModel, found: Answer) -> str:
-    return loaded.chat_format.decode(found.ids, skip_special_tokens=True)

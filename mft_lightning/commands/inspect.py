@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import groupby, islice
 from typing import Any
 
@@ -22,9 +20,8 @@ from mft_lightning.data.token_cache import Record, encode_records, refuse, split
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
-from mft_lightning.screen import Grid, console, printable, say
+from mft_lightning.screen import Grid, console, json_line, printable, reader_may_leave, say
 
-_LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}  # an object stays one line everywhere
 SUPERVISED, MARKER = "black on green", "cyan"
 DEFAULT_SHOWN = 3  # conversations of each task and split, without --limit and --json
 EXTRA: dict[str, dict[str, Any]] = {
@@ -45,7 +42,7 @@ def inspect(argv: list[str]) -> None:
     if limit is not None and limit < 0:
         raise UserError(f"--limit: {limit} is negative.")
     datamodule = config.datamodule
-    with suppress(BrokenPipeError):  # `inspect --json | head` is no error
+    with reader_may_leave():
         if config.config["json"]:
             _print_json(datamodule, limit)
         else:
@@ -61,19 +58,15 @@ def records(datamodule: MFTDataModule) -> Iterator[tuple[str, str, Record]]:
                 yield split, task.name, record
 
 
-def _records_as_read(datamodule: MFTDataModule) -> Iterator[tuple[str, str, Record]]:
-    """(split, task name, record) of every line: by task, file and line, as ``fit`` reads them."""
-    for task, codes in _coded_tasks(datamodule):
-        encoded = encode_records(task_lines(task), datamodule.chat_format, datamodule.policy)
-        for code, record in zip(codes, encoded, strict=True):
-            yield SPLITS[code], task.name, record
-
-
 def _coded_tasks(datamodule: MFTDataModule) -> Iterator[tuple[Task, np.ndarray]]:
-    for task in datamodule.tasks:
-        yield task, split_codes(task, datamodule.shares, datamodule.seed)
-    for task in datamodule.valid_tasks:
-        yield task, split_codes(task, (0.0, 1.0, 0.0), datamodule.seed)
+    for tasks, shares in _sources(datamodule):
+        for task in tasks:
+            yield task, split_codes(task, shares, datamodule.seed)
+
+
+def _sources(datamodule: MFTDataModule) -> list[tuple[list[Task], tuple[float, float, float]]]:
+    """The task directories and the validation directories, with the shares of their splits."""
+    return [(datamodule.tasks, datamodule.shares), (datamodule.valid_tasks, (0.0, 1.0, 0.0))]
 
 
 def as_object(datamodule: MFTDataModule, split: str, task: str, record: Record) -> dict[str, Any]:
@@ -100,8 +93,7 @@ def as_object(datamodule: MFTDataModule, split: str, task: str, record: Record) 
 def _print_json(datamodule: MFTDataModule, limit: int | None) -> None:
     refused: UserError | None = None
     for split, task, record in islice(records(datamodule), limit):
-        line = json.dumps(as_object(datamodule, split, task, record), ensure_ascii=False)
-        print(line.translate(_LINE_BREAKS))
+        print(json_line(as_object(datamodule, split, task, record)))
         try:
             refuse(record, datamodule.policy)
         except UserError as error:
@@ -113,29 +105,37 @@ def _print_json(datamodule: MFTDataModule, limit: int | None) -> None:
 
 def _print_survey(datamodule: MFTDataModule, limit: int | None) -> None:
     """A table of the tasks, then conversations; an error that ``fit`` would end with comes last."""
-    survey = Survey(datamodule.task_names, datamodule.chat_format)
     kept: dict[tuple[str, str], list[Record]] = {(s, t): [] for s in SPLITS for t in datamodule.task_names}
-    for split, task, record in _records_as_read(datamodule):
-        survey.add(task, split, record)
-        if record.reason is None and len(kept[split, task]) < (DEFAULT_SHOWN if limit is None else limit):
-            kept[split, task].append(record)
-    surveys = survey.finish()
-    say(_survey_table(surveys), *first_left_out([found.report for found in surveys]))
+    for title, (tasks, shares) in zip((None, "validation directories"), _sources(datamodule), strict=True):
+        survey = Survey([task.name for task in tasks], datamodule.chat_format)
+        for task in tasks:  # in the order in which `fit` reads
+            codes = split_codes(task, shares, datamodule.seed)
+            encoded = encode_records(task_lines(task), datamodule.chat_format, datamodule.policy)
+            for code, record in zip(codes, encoded, strict=True):
+                survey.add(task.name, SPLITS[code], record)
+                found = kept[SPLITS[code], task.name]
+                if record.reason is None and len(found) < (DEFAULT_SHOWN if limit is None else limit):
+                    found.append(record)
+        say(*(["", title] if title and tasks else []))
+        _say_table(survey.finish())
     say("", "length: tokens of a conversation, those included that are left out or cut as too long")
     say("one string: conversations that would be encoded otherwise if the whole text were tokenised at once")
     screen = console()
     colour = screen.color_system is not None and not screen.no_color
-    chosen = [(split, task, record) for (split, task), found in kept.items() for record in found][:limit]
+    chosen = [(split, name, record) for (split, name), found in kept.items() for record in found][:limit]
     if chosen:
         say("", _legend(colour))
-    for split, task, record in chosen:
+    for split, name, record in chosen:
         assert record.encoded is not None
-        say("", Text(f"--- {task}, {split}, {record.where}, {len(record.encoded.input_ids)} tokens", style="bold"))
+        where = printable(record.where)
+        say("", Text(f"--- {name}, {split}, {where}, {len(record.encoded.input_ids)} tokens", style="bold"))
         say(highlighted(datamodule.chat_format, record.encoded, colour=colour))
     datamodule.setup()
 
 
-def _survey_table(surveys: list[TaskSurvey]) -> Grid:
+def _say_table(surveys: list[TaskSurvey]) -> None:
+    if not surveys:
+        return
     columns = ("task", "conversations", "tokens", "supervised", "share", "length median", "p90", "p99", "max")
     rows = []
     for found in surveys:
@@ -145,7 +145,8 @@ def _survey_table(surveys: list[TaskSurvey]) -> Grid:
         lengths = [f"{quantile:,}" for quantile in found.quantiles()]
         counts = [f"{number:,}" for number in numbers]
         rows.append([report.task, *counts, share, *lengths, f"{found.differing:,}", left_out(report)])
-    return Grid([*columns, "one string", "left out"], rows, left=("left out",))
+    say(Grid([*columns, "one string", "left out"], rows, left=("left out",)))
+    say(*first_left_out([found.report for found in surveys]))
 
 
 def _legend(colour: bool) -> Text:

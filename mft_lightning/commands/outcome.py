@@ -87,9 +87,8 @@ def run_summary(output_dir: Path, tensorboard_dir: Path, settings: CheckpointSet
     last, best = checkpoints[-1], find_best(checkpoints, settings.monitor, settings.mode)
     lines = [("last checkpoint", shown(last.path))]
     if best is not None:
-        lines.append(
-            ("best checkpoint", f"{shown(best.path)} ({settings.monitor} {best.metrics[settings.monitor]:.4f})")
-        )
+        label = "best kept" if settings.save_total_limit == 1 else "best checkpoint"  # 1 keeps the latest alone
+        lines.append((label, f"{shown(best.path)} ({settings.monitor} {best.metrics[settings.monitor]:.4f})"))
     return [*labelled(lines), "", *labelled(next_commands(output_dir, tensorboard_dir, best or last, go_on))]
 
 
@@ -97,8 +96,10 @@ def next_commands(output_dir: Path, tensorboard_dir: Path, chosen: CheckpointInf
     """What each command is for, and the command as it is typed here."""
     run = f"{program('python')} -m mft_lightning"
     config = shown(output_dir / "config.yaml")
-    commands = [
-        ("curves", f"{program('tensorboard')} --logdir {shown(tensorboard_dir)}"),
+    commands = []
+    if any(tensorboard_dir.glob("events.out.tfevents.*")):
+        commands.append(("curves", f"{program('tensorboard')} --logdir {shown(tensorboard_dir)}"))
+    commands += [
         ("ask it", f'{run} generate --model {shown(chosen.path)} --prompt "..."'),
         ("go on", f"{run} fit --config {config} --ckpt_path last {go_on}".rstrip()),
     ]

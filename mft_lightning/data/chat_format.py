@@ -127,12 +127,9 @@ class ChatFormat:
         texts = iter(self._encode_texts([part.text for segments in parts for part in segments]))
         return [self._joined(segments, [next(texts) for _ in segments]) for segments in parts]
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of token ids, nothing cleaned up."""
-        text = self.tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        return str(text)
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included, nothing cleaned up."""
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def encodes_as_one_string(self, conversations: Sequence[Conversation]) -> list[bool]:
         """Whether a tokenizer that is given the whole rendered conversation at once gives the same ids, for each."""

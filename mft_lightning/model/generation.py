@@ -45,8 +45,8 @@ class GenerationSettings:
             raise UserError(f"temperature: {self.temperature} is neither 0 nor a number from {LEAST_TEMPERATURE:g} on.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: {self.top_p} is no number above 0 and at most 1.")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"repetition_penalty: {self.repetition_penalty} is no number above 0.")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(f"repetition_penalty: {self.repetition_penalty} is no number from 0.01 to 100; 1 is none.")
         if self.temperature == 0:
             for key, without in (("top_p", 1.0), ("top_k", 0)):
                 if getattr(self, key) != without:

@@ -17,6 +17,7 @@ from mft_lightning.model.generation import GenerationSettings, answer
 from mft_lightning.model.module import MFTModule
 from mft_lightning.training.callbacks import GracefulStop
 from mft_lightning.training.evaluation import EvaluationSettings
+from mft_lightning.training.progress import RunBar
 
 BATCH = 16  # prompts answered side by side
 
@@ -34,15 +35,12 @@ def check_exact_match(settings: EvaluationSettings, datamodule: MFTDataModule) -
     """Refuse to compare answers where there are none.
 
     Raises:
-        UserError: without validation, or in pretraining.
+        UserError: in pretraining.
     """
-    key = "evaluation.exact_match_per_task"
-    if settings.exact_match_per_task is None:
-        return
-    if not settings.enabled:
-        raise UserError(f"{key}: needs validations, but evaluation.strategy is none.")
-    if datamodule.chat_format.pretrain:
-        raise UserError(f"{key}: data.tokenize_mode pretrain has no answers to compare. Leave it out.")
+    if settings.exact_match_per_task is not None and datamodule.chat_format.pretrain:
+        raise UserError(
+            "evaluation.exact_match_per_task: data.tokenize_mode pretrain has no answers to compare. Leave it out."
+        )
 
 
 def held_answers(datamodule: MFTDataModule, split: str, per_task: int) -> Iterator[Held]:
@@ -59,7 +57,7 @@ def held_answers(datamodule: MFTDataModule, split: str, per_task: int) -> Iterat
 class ExactMatch(L.Callback):
     """Asks the trained model at the end of ``fit``, ``validate`` and ``test``.
 
-    A run that was told to stop by a signal is not kept waiting for it.
+    A run that is told to stop by a signal asks no further; what was asked counts.
 
     Args:
         per_task: conversations of each task; all answers of a conversation count.
@@ -73,8 +71,7 @@ class ExactMatch(L.Callback):
         self.counts: dict[str, tuple[int, int]] = {}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set in one of its connectors
-        if not any(isinstance(callback, GracefulStop) and callback.received for callback in callbacks):
+        if not _told_to_stop(trainer):
             self._measure(trainer, cast(MFTModule, pl_module), "valid")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -95,7 +92,13 @@ class ExactMatch(L.Callback):
             print(f"answering {len(held):,} held-out prompts", flush=True)
         training = network.training
         network.eval()
+        bar = trainer.progress_bar_callback
+        bar = bar if isinstance(bar, RunBar) else None
+        if bar is not None:
+            bar.start_part("answering", len(mine))
         for start in range(0, len(mine), BATCH):
+            if _told_to_stop(trainer):
+                break
             batch = mine[start : start + BATCH]
             with trainer.precision_plugin.forward_context():
                 found = answer(network.model, datamodule.tokenizer, [h.prompt for h in batch], settings)
@@ -103,6 +106,10 @@ class ExactMatch(L.Callback):
                 same = datamodule.chat_format.decode(given.ids) == datamodule.chat_format.decode(h.reference)
                 counts[0, h.task] += given.finished and same
                 counts[1, h.task] += 1
+                if bar is not None:
+                    bar.advance_part()
+        if bar is not None:
+            bar.end_part()
         network.train(training)
         exact, asked = trainer.strategy.reduce(counts, reduce_op="sum").long().tolist()
         rows = zip(datamodule.task_names, exact, asked, strict=True)
@@ -111,3 +118,8 @@ class ExactMatch(L.Callback):
         shares = {f"{prefix}/exact_match/{name}": right / of for name, (right, of) in self.counts.items()}
         for logger in trainer.loggers:
             logger.log_metrics(shares, step=trainer.global_step)
+
+
+def _told_to_stop(trainer: L.Trainer) -> bool:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set in one of its connectors
+    return any(isinstance(callback, GracefulStop) and callback.received for callback in callbacks)

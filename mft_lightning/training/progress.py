@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from mft_lightning.screen import console, duration
 
+WIDE_ENOUGH = 80  # columns of a terminal that has room for the bar beside its numbers
+
 
 class Pace:
     """Time a run has left, from the mean time of its steps so far, validations and saves among them.
@@ -83,30 +85,30 @@ class RunBar(ProgressBar):
     # ---------------------------------------------------------------- validations and tests
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start_part("validating before the first step", trainer.num_sanity_val_batches)
+        self.start_part("validating before the first step", trainer.num_sanity_val_batches)
 
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end_part()
+        self.end_part()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._start_part("validating", trainer.num_val_batches)
+            self.start_part("validating", trainer.num_val_batches)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._advance_part()
+        self.advance_part()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._end_part()
+            self.end_part()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start_part("testing", trainer.num_test_batches)
+        self.start_part("testing", trainer.num_test_batches)
 
     def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._advance_part()
+        self.advance_part()
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._end_part()
+        self.end_part()
 
     # ---------------------------------------------------------------- ends
 
@@ -131,15 +133,16 @@ class RunBar(ProgressBar):
             self._progress.start()
         return self._progress.add_task(description, total=total, completed=completed, said="")
 
-    def _start_part(self, description: str, batches: Sequence[float] | float) -> None:
+    def start_part(self, description: str, batches: Sequence[float] | float) -> None:
+        """A bar for something within the run."""
         total = sum(batches) if isinstance(batches, Sequence) else batches
         self._part = self._add(description, total if math.isfinite(total) else None)
 
-    def _advance_part(self) -> None:
+    def advance_part(self) -> None:
         if self._progress is not None and self._part is not None:
             self._progress.advance(self._part)
 
-    def _end_part(self) -> None:
+    def end_part(self) -> None:
         if self._progress is not None and self._part is not None:
             self._progress.remove_task(self._part)
             self._part = None

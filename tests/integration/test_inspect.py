@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mft_lightning.cli import main
+from tests.integration.conftest import user_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,3 +140,23 @@ def test_a_bad_line_is_counted_and_ends_with_the_error_of_fit(
     assert printed.err == capsys.readouterr().err and "part.jsonl:31: is not valid JSON" in printed.err
     assert main(["inspect", *words, "--data.on_bad_record", "skip"]) == 1
     assert "max_skipped_share" in capsys.readouterr().err
+
+
+def test_validation_directories_have_a_table_of_their_own(
+    capsys: pytest.CaptureFixture[str], example_tasks: list[str], tiny_model: Path
+) -> None:
+    words = ["--data.data_paths", f"[{example_tasks[0]}]", "--data.valid_data_paths", f"[{example_tasks[0]}]"]
+    words += ["--data.data_split", "null", "--model.pretrained_model_path", str(tiny_model), "--limit", "0"]
+    assert main(["inspect", "--config", "full.yaml", *words]) == 0
+    training, validation = capsys.readouterr().out.split("validation directories\n")
+    assert training.split()[-2:] and "text_to_code            600  52,286" in training
+    assert "text_to_code            600  52,286" in validation
+
+
+def test_a_reader_that_has_enough_ends_it_in_peace() -> None:
+    words = "-m mft_lightning inspect --config quickstart.yaml"
+    line = f'"{sys.executable}" {words} | head -1; echo "${{PIPESTATUS[0]}}"'
+    result = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "0" and not result.stderr

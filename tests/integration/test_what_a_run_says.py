@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import pytest
 
 from mft_lightning.cli import main
 from tests.integration.conftest import ROOT, TASKS, checkpoints, metrics, user_environment
+
+ALWAYS_WORSE = ("--early_stopping.min_delta", "100")
 
 
 def cells(line: str) -> list[str]:
@@ -134,12 +137,77 @@ def test_after_an_early_stop_more_patience_goes_on(
     assert max(checkpoints(run)) > stopped
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--trainer.max_steps", "2", "--trainer.max_epochs", "1", "--data.total_train_batch_size", "600"),
+        ("--trainer.max_steps", "-1", "--trainer.max_epochs", "1", "--data.total_train_batch_size", "600"),
+        ("--trainer.max_steps", "1", "--evaluation.steps", "1", "--early_stopping.patience", "1", *ALWAYS_WORSE),
+        ("--trainer.max_steps", "100000", "--trainer.max_time", "00:00:00:01"),
+    ],
+    ids=["both limits", "epochs", "patience and steps", "time"],
+)
+def test_going_on_goes_on(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    run = fit(tmp_path / "run", *words, "--data.per_device_train_batch_size", "8")
+    ended = max(checkpoints(run))
+    line = shlex.split(labels(capsys.readouterr().out)["go on"])[3:]
+    if "--trainer.max_time" in words:
+        assert line[-2:] == ["--trainer.max_time", "null"]
+        line += ["--trainer.max_steps", str(int(ended.removeprefix("step-")) + 1)]
+    assert main(line) == 0
+    assert max(checkpoints(run)) > ended
+
+
+def test_a_run_that_had_ended_shows_its_table_again(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slow = ("--evaluation.steps", "1", "--early_stopping.patience", "1", *ALWAYS_WORSE)
+    run = fit(tmp_path / "run", *slow)
+    first = capsys.readouterr().out.split("validation at")[1]
+    fit(run, *slow, "--ckpt_path", "last")
+    again = capsys.readouterr().out.split("validation at")[1]
+    losses = [[row["loss"] for row in table(printed, "task ").values()] for printed in (first, again)]
+    assert losses[0] == losses[1]
+
+
+def test_what_there_is_not_is_not_told(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path / "run", "--trainer.logger", "false", "--checkpoint.save_total_limit", "1")
+    said = labels(capsys.readouterr().out)
+    assert "curves" not in said, said["curves"]
+    assert "best checkpoint" not in said and said["best kept"]
+
+
+def test_sigterm_while_answering_ends_the_asking(fit_arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = fit_arguments(tmp_path / "run", "--trainer.max_steps", "2", "--evaluation.exact_match_per_task", "1000")
+    words += ["--data.data_split", "50,50,0", "--evaluation.max_conversations_per_task", "null"]
+    line = [sys.executable, "-m", "mft_lightning", "fit", *words]
+    with subprocess.Popen(line, cwd=ROOT, env=user_environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for said in process.stdout:
+            if said.startswith("answering"):
+                process.terminate()
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 128 + signal.SIGTERM and "trained to step 2 of 2" in rest
+    assert rest.rstrip().endswith("stopped by SIGTERM when all steps were done")
+    asked = sum(int(row.get("exact match", "0 of 0").split()[-1]) for row in table(rest, "validation at").values())
+    assert asked < 400
+
+
 def test_without_validation_there_is_no_table(
     fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit(tmp_path / "run", "--evaluation.strategy", "none", "--trainer.max_steps", "2")
     printed = capsys.readouterr().out
     assert "trained to step 2 of 2" in printed and "validation at" not in printed and "best" not in printed
+    config = str(tmp_path / "run" / "config.yaml")
+    words = ["validate", "--config", config, "--ckpt_path", "last", "--evaluation.exact_match_per_task", "1"]
+    assert main(words) == 0
+    assert "0 of 2" in capsys.readouterr().out
 
 
 def test_a_terminal_sees_a_bar_over_the_whole_run(fit_arguments: Callable[..., list[str]], tmp_path: Path) -> None:
