@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("error: interrupted.", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         print("error: standard output was closed.", file=sys.stderr)
         return 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import tempfile
 import time
 from pathlib import Path
@@ -89,9 +88,11 @@ def fit(argv: list[str]) -> None:
     start = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)
     _tell_outcome(config, trainer, total_steps, time.perf_counter() - start)
-    if stop.received:
-        say(f"stopped by SIGTERM{'' if trainer.global_step < total_steps else ' when all steps were done'}")
-        raise SystemExit(128 + signal.SIGTERM)
+    if stop.received is not None:
+        say(
+            f"stopped by {stop.received.name}{'' if trainer.global_step < total_steps else ' when all steps were done'}"
+        )
+        raise SystemExit(128 + stop.received)
 
 
 def _tell_outcome(config: RunConfig, trainer: L.Trainer, total_steps: int, seconds: float) -> None:

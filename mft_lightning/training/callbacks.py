@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,33 +38,42 @@ class StepSeeding(L.Callback):
 
 
 class GracefulStop(L.Callback):
-    """Turns a SIGTERM into an ordinary end: the step is finished, validated and saved.
+    """Turns a SIGTERM or a Ctrl-C into an ordinary end: the step is finished, validated and saved.
 
     It listens in place of Lightning, which would break off in the middle of a validation, or between a step and its
-    checkpoint.
+    checkpoint. A second Ctrl-C does break off.
 
     Attributes:
-        received: whether the run was asked to stop.
+        received: the signal that asked the run to stop, None so far.
     """
 
-    received = False
+    received: signal.Signals | None = None
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self._receive)
+        self._listen()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, self._receive)
+        self._listen()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        trainer.should_stop = trainer.should_stop or self.received
+        trainer.should_stop = trainer.should_stop or self.received is not None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Asked during a validation: the step it belongs to is the last, and is saved."""
         if not trainer.sanity_checking:
-            trainer.should_stop = trainer.should_stop or self.received
+            trainer.should_stop = trainer.should_stop or self.received is not None
+
+    def _listen(self) -> None:
+        signal.signal(signal.SIGTERM, self._receive)
+        signal.signal(signal.SIGINT, self._receive)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        self.received = True
+        if signum == signal.SIGINT:
+            if self.received is not None:
+                raise KeyboardInterrupt
+            # not by `print`, which may be what was interrupted
+            os.write(sys.stderr.fileno(), b"\nending after this step, with a checkpoint; Ctrl-C again breaks off\n")
+        self.received = signal.Signals(signum)
 
 
 class StepLogging(L.Callback):

@@ -122,4 +122,4 @@ class ExactMatch(L.Callback):
 
 def _told_to_stop(trainer: L.Trainer) -> bool:
     callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set in one of its connectors
-    return any(isinstance(callback, GracefulStop) and callback.received for callback in callbacks)
+    return any(isinstance(callback, GracefulStop) and callback.received is not None for callback in callbacks)

@@ -235,8 +235,9 @@ def test_the_saved_configuration_goes_on_with_the_run(fit: Callable[..., Path], 
     assert checkpoints(run)[-1] == "step-00000004"
 
 
-def test_sigterm_ends_with_a_validation_and_a_checkpoint(
-    fit_arguments: Callable[..., list[str]], tmp_path: Path
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_with_a_validation_and_a_checkpoint(
+    fit_arguments: Callable[..., list[str]], tmp_path: Path, signum: signal.Signals
 ) -> None:
     run = tmp_path / "run"
     words = (
@@ -252,13 +253,13 @@ def test_sigterm_ends_with_a_validation_and_a_checkpoint(
         assert process.stdout is not None
         for text in process.stdout:
             if text.startswith("step 3/"):
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(signum)
                 break
         rest = process.stdout.read()
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-    assert process.returncode == 128 + signal.SIGTERM, rest
+    assert process.returncode == 128 + signum and f"stopped by {signum.name}" in rest, rest
     (name,) = checkpoints(run)
     assert metrics(run)[-1]["val/loss"] and int(metrics(run)[-1]["step"]) == int(name.removeprefix("step-"))
     more = str(int(name.removeprefix("step-")) + 2)
