@@ -116,7 +116,7 @@ class ExactMatch(L.Callback):
         self.counts = {name: (right, of) for name, right, of in rows if of}
         prefix = "test" if split == "test" else "val"
         shares = {f"{prefix}/exact_match/{name}": right / of for name, (right, of) in self.counts.items()}
-        for logger in trainer.loggers:
+        for logger in trainer.loggers if shares else ():
             logger.log_metrics(shares, step=trainer.global_step)
 
 
