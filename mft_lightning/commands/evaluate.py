@@ -10,6 +10,7 @@ from mft_lightning.screen import say, shown
 from mft_lightning.training.checkpoint_dirs import check_same_run, resolve_checkpoint
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.exact_match import ExactMatch, check_exact_match
+from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import evaluation_trainer, refuse_several_ranks
 
 
@@ -55,8 +56,8 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
         verbose=False,
     )
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set in one of its connectors
-    exact = next((callback.counts for callback in callbacks if isinstance(callback, ExactMatch)), None)
+    exact_match = find_callback(trainer, ExactMatch)
+    exact = exact_match.counts if exact_match is not None else None
     say(f"{split} split, {shown(checkpoint.path) if checkpoint else 'before training'}")
     say(task_results(datamodule, split, metrics, exact=exact))
     name = f"{'val' if command == 'validate' else 'test'}/loss"

@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
@@ -30,9 +30,8 @@ from mft_lightning.training.checkpoint_dirs import (
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.exact_match import ExactMatch, check_exact_match
+from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import fit_trainer, refuse_several_ranks
-
-Kind = TypeVar("Kind", bound=L.Callback)
 
 
 class WriteConfig(L.Callback):
@@ -101,7 +100,7 @@ def _tell_outcome(config: RunConfig, trainer: L.Trainer, total_steps: int, secon
     epochs = step / datamodule.plan.steps_per_epoch
     say("", f"trained to step {step:,} of {total_steps:,} ({epochs:.1f} epochs) in {duration(seconds)}")
     go_on = []
-    stopping, clock = _callback(trainer, EarlyStopping), _callback(trainer, Timer)
+    stopping, clock = find_callback(trainer, EarlyStopping), find_callback(trainer, Timer)
     if stopping is not None and stopping.wait_count >= stopping.patience:
         say(f"stopped early: {stopping.monitor} has not improved for {stopping.patience} validation(s)")
         go_on.append(f"--early_stopping.patience {2 * stopping.patience}")
@@ -110,7 +109,7 @@ def _tell_outcome(config: RunConfig, trainer: L.Trainer, total_steps: int, secon
         go_on.append("--trainer.max_time null")
     keys = config.trainer_keys(config.config_init)
     go_on += _twice_as_long(keys, step, datamodule.plan.steps_per_epoch) if step >= total_steps else []
-    evaluation, exact_match = _callback(trainer, Evaluation), _callback(trainer, ExactMatch)
+    evaluation, exact_match = find_callback(trainer, Evaluation), find_callback(trainer, ExactMatch)
     if evaluation is not None and (metrics := _validated(config, evaluation, step)):
         exact = exact_match.counts if exact_match is not None else None
         results = task_results(datamodule, "valid", metrics, before=evaluation.before, exact=exact)
@@ -133,11 +132,6 @@ def _twice_as_long(keys: dict[str, Any], step: int, steps_per_epoch: int) -> lis
     if keys["max_epochs"] is not None and 0 < keys["max_epochs"] * steps_per_epoch < 2 * step:
         words.append(f"--trainer.max_epochs {math.ceil(2 * step / steps_per_epoch)}")
     return words
-
-
-def _callback(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set in one of its connectors
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def _check_evaluation(config: RunConfig, datamodule: MFTDataModule) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mft_lightning.commands.loading import DTYPES, LoadedModel, load_model
 from mft_lightning.data.records import BadRecord, Question, Turn, parse_question, read_lines
@@ -132,14 +133,33 @@ def _answers(
     size = WINDOW * batch_size
     windows = [asked[i : i + size] for i in range(0, len(asked), size)]
     screen = Console(stderr=True)
-    for window in track(windows, "answering", console=screen, disable=not screen.is_terminal, transient=True):
-        order = sorted(range(len(window)), key=lambda i: len(window[i].prompt))
-        found: dict[int, Answer] = {}
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = answer(loaded.model, loaded.tokenizer, [window[i].prompt for i in chosen], settings)
-            found |= dict(zip(chosen, batch, strict=True))
-        yield from ((question, found[i]) for i, question in enumerate(window))
+    shown = screen.is_terminal and not sys.stdout.isatty()  # on a terminal the answers themselves tell how far it is
+    # rich would take what is printed meanwhile, the answers, for the terminal, wherever standard output goes
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=screen, transient=True, disable=not shown, redirect_stdout=False)
+    with bar:
+        task = bar.add_task("answering", total=len(asked))
+        for window in windows:
+            found = _answered(loaded, window, settings, batch_size, lambda count: bar.advance(task, count))
+            yield from zip(window, found, strict=True)
+
+
+def _answered(
+    loaded: LoadedModel,
+    window: Sequence[Asked],
+    settings: GenerationSettings,
+    batch_size: int,
+    tell: Callable[[int], None],
+) -> list[Answer]:
+    """The answers of a window, in order; ``tell`` hears of every batch how many it was."""
+    order = sorted(range(len(window)), key=lambda i: len(window[i].prompt))
+    found: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = answer(loaded.model, loaded.tokenizer, [window[i].prompt for i in chosen], settings)
+        found |= dict(zip(chosen, batch, strict=True))
+        tell(len(chosen))
+    return [found[i] for i in range(len(window))]
 
 
 def _as_object(loaded: LoadedModel, asked: Asked, found: Answer) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mft_lightning.model.module import MFTModule
 from mft_lightning.training.callbacks import GracefulStop
 from mft_lightning.training.evaluation import EvaluationSettings
 from mft_lightning.training.progress import RunBar
+from mft_lightning.training.stages import find_callback
 
 BATCH = 16  # prompts answered side by side
 
@@ -121,5 +122,5 @@ class ExactMatch(L.Callback):
 
 
 def _told_to_stop(trainer: L.Trainer) -> bool:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set in one of its connectors
-    return any(isinstance(callback, GracefulStop) and callback.received is not None for callback in callbacks)
+    stop = find_callback(trainer, GracefulStop)
+    return stop is not None and stop.received is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -122,14 +123,12 @@ class RunBar(ProgressBar):
         if not self._enabled:
             return None
         if self._progress is None:
-            columns = (
-                "{task.description}",
-                BarColumn(24),
-                "{task.completed:.0f}/{task.total:.0f}",
-                "{task.fields[said]}",
-            )
-            shown = [TextColumn(column) if isinstance(column, str) else column for column in columns]
-            self._progress = Progress(*shown, console=console())
+            screen = console()
+            bar = [BarColumn(24)] if screen.width >= WIDE_ENOUGH else []
+            numbers, said = TextColumn("{task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[said]}")
+            columns = (TextColumn("{task.description}"), *bar, numbers, said)
+            # else a file that standard error was sent to would miss the warnings
+            self._progress = Progress(*columns, console=screen, redirect_stderr=sys.stderr.isatty())
             self._progress.start()
         return self._progress.add_task(description, total=total, completed=completed, said="")
 

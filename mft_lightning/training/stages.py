@@ -1,8 +1,12 @@
-"""Where in the run an optimizer step stands: at the end of an epoch, at the end of the run."""
+"""Questions to a trainer: whether a step ends an epoch or the run, and which callbacks there are."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import lightning as L
+
+Kind = TypeVar("Kind", bound=L.Callback)
 
 
 def is_epoch_end(trainer: L.Trainer) -> bool:
@@ -18,3 +22,9 @@ def is_run_end(trainer: L.Trainer) -> bool:
     if limited and is_epoch_end(trainer) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0):
         return True
     return trainer.should_stop
+
+
+def find_callback(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
+    """The trainer's first callback of a kind."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set in one of its connectors
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)

@@ -31,6 +31,20 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=False)
 
 
+def read_terminal(mine: int) -> str:
+    """What was written to a terminal, until the last who has it open is gone."""
+    written = b""
+    while True:
+        try:
+            part = os.read(mine, 65536)
+        except OSError:  # how Linux tells that the other side is closed
+            part = b""
+        if not part:
+            os.close(mine)
+            return written.decode()
+        written += part
+
+
 @pytest.fixture(scope="session")
 def fit_arguments(tiny_model: Path, example_tasks: list[str]) -> Callable[..., list[str]]:
     """``fit_arguments(output_dir, "--trainer.max_steps", "8", config="lora.yaml")``: a quick run on the examples."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import pty
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft_lightning.cli import main
-from tests.integration.conftest import user_environment
+from tests.integration.conftest import read_terminal, user_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 Ask = Callable[..., str]
@@ -328,3 +330,19 @@ def test_a_reader_that_has_enough_ends_the_command_in_peace(checkpoint: Path, tm
         process.stdout.close()
         assert not process.stderr.read()
     assert process.returncode == 0
+
+
+def test_answers_go_to_standard_output_while_a_bar_is_on_the_terminal(checkpoint: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "asked.jsonl", [{"prompt": "a"}] * 20)
+    words = ["--model", str(checkpoint), "--input", str(file), "--max_new_tokens", "1", "--batch_size", "1"]
+    line = [sys.executable, "-m", "mft_lightning", "generate", *words]
+    environment = {**user_environment(), "TERM": "xterm-256color"}
+    mine, theirs = pty.openpty()
+    with (tmp_path / "answers.jsonl").open("w") as answers:
+        process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=answers, stderr=theirs)
+        os.close(theirs)
+        shown = read_terminal(mine)
+        assert process.wait() == 0
+    found = [json.loads(text)["line"] for text in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert found == list(range(2, 42, 2))
+    assert "answering" in shown and "100%" in shown and "finish_reason" not in shown

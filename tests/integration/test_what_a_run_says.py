@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mft_lightning.cli import main
-from tests.integration.conftest import ROOT, TASKS, checkpoints, metrics, user_environment
+from tests.integration.conftest import ROOT, TASKS, checkpoints, metrics, read_terminal, user_environment
 
 ALWAYS_WORSE = ("--early_stopping.min_delta", "100")
 
@@ -44,18 +44,9 @@ def on_a_terminal(words: list[str], columns: int = 120) -> str:
     line = [sys.executable, "-m", "mft_lightning", *words]
     process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs, stdin=theirs)
     os.close(theirs)
-    written = b""
-    while True:
-        try:
-            part = os.read(mine, 65536)
-        except OSError:  # how Linux tells that the other side is closed
-            break
-        if not part:
-            break
-        written += part
-    os.close(mine)
-    assert process.wait() == 0, written.decode()
-    return written.decode()
+    written = read_terminal(mine)
+    assert process.wait() == 0, written
+    return written
 
 
 def test_the_start(fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,8 +209,31 @@ def test_a_terminal_sees_a_bar_over_the_whole_run(fit_arguments: Callable[..., l
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
     assert [*re.findall(r"step (\d)/8  val/loss", plain)] == ["0", "4", "8"]
     assert "grad norm" not in plain
+    narrow = on_a_terminal(["fit", *fit_arguments(tmp_path / "narrow")], columns=50)
+    assert "\u2501" not in narrow and re.search(r"step .*8/8 .*loss \d\.\d{4}  [\d,]+ tokens/s  \d:\d\d left", narrow)
     lines = on_a_terminal(["fit", *fit_arguments(tmp_path / "two", "--trainer.enable_progress_bar", "false")])
     assert "\u2501" not in lines and "grad norm" in lines
+
+
+def test_beside_a_bar_warnings_go_where_standard_error_was_sent(
+    fit_arguments: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    mine, theirs = pty.openpty()
+    words = fit_arguments(tmp_path / "run", "--trainer.max_steps", "4")
+    script = "import sys; from mft_lightning.cli import main\n"
+    script += "from mft_lightning.training.callbacks import StepLogging as S; old = S.on_train_batch_end\n"
+    script += "S.on_train_batch_end = lambda *a: (print('told', file=sys.stderr), old(*a))[1]\n"
+    script += f"sys.exit(main(['fit', *{words!r}]))"
+    environment = {**user_environment(), "TERM": "xterm-256color"}
+    errors = tmp_path / "errors"
+    with errors.open("w") as handle:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=theirs, stderr=handle, stdin=theirs
+        )
+        os.close(theirs)
+        written = read_terminal(mine)
+        assert process.wait() == 0
+    assert "\u2501" in written and errors.read_text().count("told") == 4 and "told" not in written
 
 
 def test_a_bar_can_be_asked_for_where_there_is_no_terminal(
