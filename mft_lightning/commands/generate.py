@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mft_lightning.commands.loading import DTYPES, LoadedModel, load_model
-from mft_lightning.data.records import BadRecord, Question, Turn, parse_question, read_lines
+from mft_lightning.data.lines import read_lines
+from mft_lightning.data.records import BadRecord, Question, Turn, parse_question
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.key_errors import parse
 from mft_lightning.model.generation import Answer, GenerationSettings, answer, room

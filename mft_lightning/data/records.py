@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from mft_lightning.errors import UserError
+from mft_lightning.data.lines import MAX_LINE
 
 Role = Literal["system", "human", "bot"]
 ROLE_ALIASES: dict[str, Role] = {
@@ -56,48 +52,6 @@ class BadRecord(Exception):
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line that is not blank: where it stands and its bytes, without the line end."""
-
-    file: Path
-    number: int
-    raw: bytes
-
-
-def task_files(task_dir: Path) -> list[Path]:
-    """The data files of a task directory, by name: ``*.jsonl`` and ``*.jsonl.gz``.
-
-    Raises:
-        UserError: the directory is missing, holds no data file, or holds one that cannot be read yet.
-    """
-    if not task_dir.is_dir():
-        raise UserError(f"data.data_paths: {task_dir} is not a directory. Give the task's directory of *.jsonl files.")
-    names = sorted(path for path in task_dir.iterdir() if path.is_file())
-    if compressed := [path for path in names if path.name.endswith(".jsonl.zst")]:
-        raise UserError(f"{compressed[0]}: zstd files are not read yet. Decompress it (`zstd -d`) or use gzip.")
-    files = [path for path in names if path.name.endswith((".jsonl", ".jsonl.gz"))]
-    if not files:
-        found = ", ".join(path.name for path in names[:5]) or "nothing"
-        raise UserError(f"data.data_paths: no *.jsonl file in {task_dir} (it holds {found}).")
-    return files
-
-
-def read_lines(file: Path) -> Iterator[Line]:
-    """The lines of ``file`` that are not blank, numbered from 1; a byte order mark and CRLF are taken off."""
-    opener = gzip.open if file.suffix == ".gz" else open
-    try:
-        with opener(file, "rb") as handle:
-            for number, raw in enumerate(handle, start=1):
-                if number == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                raw = raw.strip(b" \t\r\n")
-                if raw:
-                    yield Line(file, number, raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file}: cannot be read ({error}).") from error
 
 
 def parse_record(raw: bytes) -> Conversation:
@@ -163,6 +117,8 @@ def _named_turns(record: dict[str, Any], *, answered: bool) -> list[tuple[str, T
 
 
 def _parse_json(raw: bytes) -> dict[str, Any]:
+    if len(raw) > MAX_LINE:
+        raise BadRecord("line-too-long", f"is longer than {MAX_LINE >> 20} MiB")
     try:
         record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:

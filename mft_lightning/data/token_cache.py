@@ -11,7 +11,8 @@ from typing import Literal
 import numpy as np
 
 from mft_lightning.data.chat_format import ChatFormat, Encoded
-from mft_lightning.data.records import BadRecord, Conversation, Line, parse_record, read_lines, task_files
+from mft_lightning.data.lines import Line, read_lines, task_files
+from mft_lightning.data.records import BadRecord, Conversation, parse_record
 from mft_lightning.data.tasks import SPLITS, Task, split_records
 from mft_lightning.errors import UserError
 
