@@ -18,10 +18,11 @@ COMMANDS = {
     "validate": ("mft_lightning.commands.evaluate:validate", "measure a checkpoint on the validation split"),
     "test": ("mft_lightning.commands.evaluate:test", "measure a checkpoint on the test split"),
     "inspect": ("mft_lightning.commands.inspect:inspect", "show what the model will see and learn from"),
+    "prepare": ("mft_lightning.commands.prepare:prepare", "tokenise the data of a run beforehand"),
     "generate": ("mft_lightning.commands.generate:generate", "ask a checkpoint"),
     "merge": ("mft_lightning.commands.merge:merge", "make an adapter and its base one model"),
 }
-NOT_YET = ("predict", "chat", "convert-config", "prepare", "estimate")
+NOT_YET = ("predict", "chat", "convert-config", "estimate")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> int:
     # Read when torch is imported. Waiting threads spin by default, and then a busy neighbour on a laptop's cores makes
     # the steps of a small model many times slower (docs/training.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Processes tokenise, and a process that tokenised with threads warns at every fork of a loader's.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of few letters shows the others by their numbers
             stream.reconfigure(errors="backslashreplace")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
 
@@ -12,76 +14,105 @@ import numpy as np
 from rich.text import Text
 
 from mft_lightning.commands.report import first_left_out, left_out
-from mft_lightning.data.chat_format import ROLE_END, ROLE_START, ChatFormat, Encoded, marker
+from mft_lightning.data.admission import ADMITTED
+from mft_lightning.data.chat_encoder import ROLE_END, ROLE_START, Encoded, marker
+from mft_lightning.data.chat_format import ChatFormat
+from mft_lightning.data.corpus import Corpus, Record
 from mft_lightning.data.datamodule import MFTDataModule
-from mft_lightning.data.survey import Survey, TaskSurvey
-from mft_lightning.data.tasks import SPLITS, Task
-from mft_lightning.data.token_cache import Record, encode_records, refuse, split_codes, task_lines
+from mft_lightning.data.survey import TaskSurvey, survey
+from mft_lightning.data.tasks import SPLITS
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import Grid, console, json_line, printable, reader_may_leave, say
 
 SUPERVISED, MARKER = "black on green", "cyan"
-DEFAULT_SHOWN = 3  # conversations of each task and split, without --limit and --json
+DEFAULT_SHOWN = 3  # conversations of each task and split, without --limit and --page
+PAGE = 10  # conversations of a page, without --limit
 EXTRA: dict[str, dict[str, Any]] = {
     "json": {"action": "store_true", "help": "One JSON object for every record of every split."},
-    "limit": {"type": int | None, "default": None, "help": "At most so many records."},
+    "limit": {"type": int | None, "default": None, "help": "At most so many records, or so many on a page."},
+    "page": {"type": int | None, "default": None, "help": "This page of the records, from 1."},
+    "task": {"type": str | None, "default": None, "help": "Only this task."},
+    "split": {"type": str | None, "default": None, "help": "Only records of train, valid or test."},
 }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which records are shown."""
+
+    task: str | None
+    split: str | None
+    limit: int | None
+    page: int | None
+
+    def check(self, datamodule: MFTDataModule) -> None:
+        """Raise for a name or a number that there is none of."""
+        if self.limit is not None and self.limit < 0:
+            raise UserError(f"--limit: {self.limit} is negative.")
+        if self.page is not None and (self.page < 1 or self.limit == 0):
+            raise UserError("--page: pages are numbered from 1 and hold at least one record.")
+        if self.task is not None and self.task not in datamodule.task_names:
+            raise UserError(f"--task: {self.task!r} is none of {', '.join(datamodule.task_names)}.")
+        if self.split is not None and self.split not in SPLITS:
+            raise UserError(f"--split: {self.split!r} is none of {', '.join(SPLITS)}.")
+
+    def corpora(self, datamodule: MFTDataModule) -> list[tuple[Corpus, list[int]]]:
+        """The corpora, each with the places of the tasks in it that are shown."""
+        found = datamodule.load(stop=False)
+        return [(c, [n for n, task in enumerate(c.tasks) if self.task in (None, task.name)]) for c in found]
+
+    def groups(self, datamodule: MFTDataModule) -> list[tuple[Corpus, np.ndarray]]:
+        """The records of each split and task, in the order of file and line."""
+        corpora = self.corpora(datamodule)
+        splits = [number for number, split in enumerate(SPLITS) if self.split in (None, split)]
+        return [(c, c.records(task, split)) for split in splits for c, tasks in corpora for task in tasks]
+
+    def paged(self, groups: list[tuple[Corpus, np.ndarray]]) -> Iterator[Record]:
+        """The records of the page, or the first ``limit``, or all."""
+        size = self.limit if self.page is None else self.limit or PAGE
+        start = 0 if self.page is None or size is None else (self.page - 1) * size
+        total = sum(len(numbers) for _, numbers in groups)
+        if self.page is not None and start >= max(1, total):
+            raise UserError(f"--page: {self.page} is past the last page, {max(1, math.ceil(total / (size or 1)))}.")
+        every = ((corpus, number) for corpus, numbers in groups for number in numbers)
+        for corpus, number in islice(every, start, None if size is None else start + size):
+            yield corpus.record(int(number))
 
 
 def inspect(argv: list[str]) -> None:
     """Print every record (``--json``), or a table of the tasks and some conversations.
 
-    With ``--json`` all records are printed, bad ones too; a bad record that ``fit`` would stop at still ends the
-    command with that error, after the list.
+    With ``--json`` bad records are printed too. What ``fit`` would stop at still ends the command with that error,
+    after all else.
     """
     quieten()
     config = RunConfig(argv, "inspect", EXTRA)
-    limit = config.config["limit"]
-    if limit is not None and limit < 0:
-        raise UserError(f"--limit: {limit} is negative.")
+    choice = Choice(**{name: config.config[name] for name in ("task", "split", "limit", "page")})
     datamodule = config.datamodule
+    choice.check(datamodule)
     with reader_may_leave():
         if config.config["json"]:
-            _print_json(datamodule, limit)
+            for record in choice.paged(choice.groups(datamodule)):
+                print(json_line(as_object(datamodule.chat_format, record)))
         else:
-            _print_survey(datamodule, limit)
+            _print_tables(datamodule, choice)
+            _print_conversations(datamodule, choice)
+        sys.stdout.flush()
+        datamodule.setup()
 
 
-def records(datamodule: MFTDataModule) -> Iterator[tuple[str, str, Record]]:
-    """(split, task name, record) of every line: by split, task, file and line."""
-    for number, split in enumerate(SPLITS):
-        for task, codes in _coded_tasks(datamodule):
-            lines = (line for line, code in zip(task_lines(task), codes, strict=True) if code == number)
-            for record in encode_records(lines, datamodule.chat_format, datamodule.policy):
-                yield split, task.name, record
-
-
-def _coded_tasks(datamodule: MFTDataModule) -> Iterator[tuple[Task, np.ndarray]]:
-    for tasks, shares in _sources(datamodule):
-        for task in tasks:
-            yield task, split_codes(task, shares, datamodule.seed)
-
-
-def _sources(datamodule: MFTDataModule) -> list[tuple[list[Task], tuple[float, float, float]]]:
-    """The task directories and the validation directories, with the shares of their splits."""
-    return [(datamodule.tasks, datamodule.shares), (datamodule.valid_tasks, (0.0, 1.0, 0.0))]
-
-
-def as_object(datamodule: MFTDataModule, split: str, task: str, record: Record) -> dict[str, Any]:
-    """The JSON object of a record; ``reason`` and ``detail`` are there only if it is dropped."""
-    text = datamodule.chat_format.render(record.conversation) if record.conversation else None
-    if record.truncated and record.encoded:
-        text = datamodule.chat_format.decode(record.encoded.input_ids)
+def as_object(chat_format: ChatFormat, record: Record) -> dict[str, Any]:
+    """The JSON object of a record; ``reason`` and ``detail`` are there only if it is left out."""
     found: dict[str, Any] = {
-        "task": task,
-        "split": split,
-        "file": str(record.line.file),
-        "line": record.line.number,
-        "input_ids": record.encoded.input_ids if record.encoded else [],
-        "supervised": record.encoded.supervised if record.encoded else [],
-        "text": text,
+        "task": record.task,
+        "split": record.split,
+        "file": str(record.file),
+        "line": record.line,
+        "input_ids": record.input_ids,
+        "supervised": record.encoded.supervised,
+        "text": chat_format.decode(record.input_ids) if record.input_ids else None,
     }
     if record.truncated:
         found["truncated"] = True
@@ -90,47 +121,33 @@ def as_object(datamodule: MFTDataModule, split: str, task: str, record: Record) 
     return found
 
 
-def _print_json(datamodule: MFTDataModule, limit: int | None) -> None:
-    refused: UserError | None = None
-    for split, task, record in islice(records(datamodule), limit):
-        print(json_line(as_object(datamodule, split, task, record)))
-        try:
-            refuse(record, datamodule.policy)
-        except UserError as error:
-            refused = refused or error
-    sys.stdout.flush()
-    if refused is not None:
-        raise refused
-
-
-def _print_survey(datamodule: MFTDataModule, limit: int | None) -> None:
-    """A table of the tasks, then conversations; an error that ``fit`` would end with comes last."""
-    kept: dict[tuple[str, str], list[Record]] = {(s, t): [] for s in SPLITS for t in datamodule.task_names}
-    for title, (tasks, shares) in zip((None, "validation directories"), _sources(datamodule), strict=True):
-        survey = Survey([task.name for task in tasks], datamodule.chat_format)
-        for task in tasks:  # in the order in which `fit` reads
-            codes = split_codes(task, shares, datamodule.seed)
-            encoded = encode_records(task_lines(task), datamodule.chat_format, datamodule.policy)
-            for code, record in zip(codes, encoded, strict=True):
-                survey.add(task.name, SPLITS[code], record)
-                found = kept[SPLITS[code], task.name]
-                if record.reason is None and len(found) < (DEFAULT_SHOWN if limit is None else limit):
-                    found.append(record)
-        say(*(["", title] if title and tasks else []))
-        _say_table(survey.finish())
+def _print_tables(datamodule: MFTDataModule, choice: Choice) -> None:
+    for number, (corpus, tasks) in enumerate(choice.corpora(datamodule)):
+        if number and tasks:
+            say("", "validation directories")
+        _say_table([survey(corpus, task, datamodule.chat_format) for task in tasks])
     say("", "length: tokens of a conversation, those included that are left out or cut as too long")
     say("one string: conversations that would be encoded otherwise if the whole text were tokenised at once")
+
+
+def _print_conversations(datamodule: MFTDataModule, choice: Choice) -> None:
+    """Those that are trained on or evaluated."""
+    groups = [(c, numbers[c.admission.outcome[numbers] == ADMITTED]) for c, numbers in choice.groups(datamodule)]
+    total = sum(len(numbers) for _, numbers in groups)
+    if choice.page is None and choice.limit is None:
+        groups = [(corpus, numbers[:DEFAULT_SHOWN]) for corpus, numbers in groups]
+    chosen = list(choice.paged(groups))
     screen = console()
     colour = screen.color_system is not None and not screen.no_color
-    chosen = [(split, name, record) for (split, name), found in kept.items() for record in found][:limit]
     if chosen:
         say("", _legend(colour))
-    for split, name, record in chosen:
-        assert record.encoded is not None
-        where = printable(record.where)
-        say("", Text(f"--- {name}, {split}, {where}, {len(record.encoded.input_ids)} tokens", style="bold"))
+    for record in chosen:
+        where = printable(f"{record.file}:{record.line}")
+        title = f"--- {record.task}, {record.split}, {where}, {len(record.input_ids)} tokens"
+        say("", Text(title, style="bold"))
         say(highlighted(datamodule.chat_format, record.encoded, colour=colour))
-    datamodule.setup()
+    if choice.page is not None:
+        say("", f"page {choice.page} of {math.ceil(total / (choice.limit or PAGE))}, {total:,} conversations")
 
 
 def _say_table(surveys: list[TaskSurvey]) -> None:
@@ -140,11 +157,13 @@ def _say_table(surveys: list[TaskSurvey]) -> None:
     rows = []
     for found in surveys:
         report = found.report
+        readable = len(found.lengths)
         numbers = [sum(report.conversations.values()), report.tokens, report.supervised_tokens]
         share = f"{report.supervised_tokens / max(1, report.tokens):.1%}"
         lengths = [f"{quantile:,}" for quantile in found.quantiles()]
         counts = [f"{number:,}" for number in numbers]
-        rows.append([report.task, *counts, share, *lengths, f"{found.differing:,}", left_out(report)])
+        differing = f"{found.differing:,}" + (f" of first {found.compared:,}" if found.compared < readable else "")
+        rows.append([report.task, *counts, share, *lengths, differing, left_out(report)])
     say(Grid([*columns, "one string", "left out"], rows, left=("left out",)))
     say(*first_left_out([found.report for found in surveys]))
 

@@ -9,8 +9,8 @@ import lightning as L
 import torch
 from rich.text import Text
 
+from mft_lightning.data.admission import TaskReport
 from mft_lightning.data.datamodule import MFTDataModule
-from mft_lightning.data.token_cache import TaskReport
 from mft_lightning.model.build import count_parameters
 from mft_lightning.model.module import MFTModule
 from mft_lightning.screen import Grid, labelled, shown

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mft_lightning.data.token_cache import TokenTable
+from mft_lightning.data.token_table import TokenTable
 
 
 @dataclass

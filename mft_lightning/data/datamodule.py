@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -12,12 +12,15 @@ import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from mft_lightning.data.admission import RecordPolicy, TaskReport
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.collate import MicroBatch
+from mft_lightning.data.corpus import Corpus, load_corpus
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
 from mft_lightning.data.plan import Plan, deal_evaluation, derive_batch_sizes, limit_per_task
-from mft_lightning.data.tasks import Task, find_tasks, parse_shares, parse_task_weights
-from mft_lightning.data.token_cache import RecordPolicy, TaskReport, TokenTable, build_tables
+from mft_lightning.data.tasks import SPLITS, Task, find_tasks, parse_shares, parse_task_weights
+from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_cache_dir
+from mft_lightning.data.token_table import TokenTable
 from mft_lightning.data.tokenizer import load_tokenizer
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.shipped import shipped_example
@@ -35,7 +38,7 @@ class MFTDataModule(L.LightningDataModule):
         data_split: percentages "train,valid,test" of each task, shuffled by the seed. Default "95,5,0".
         tokenize_mode: "sft" learns from bot turns only, "pretrain" from every token.
         padding_mode: "pack" lays conversations end to end without padding, isolated from each other; "padding" gives
-            each a row. "concat" is not supported yet.
+            each a row; "concat" (pretrain only) cuts each task's token stream into rows of seq_length.
         seq_length: most tokens of a conversation.
         on_overlong: what becomes of longer ones: "drop" (counted), "truncate" from the end, or "error".
         on_bad_record: "error" stops at the first bad line, "skip" leaves bad lines out and counts them.
@@ -48,8 +51,9 @@ class MFTDataModule(L.LightningDataModule):
         task_weights: loss weight of each task (case3 and case4), a mapping by name or a list; scaled to mean 1.
         task_sampling: "proportional": every conversation once an epoch. Rates and temperature: not supported yet.
         num_workers: loader processes. Default: from the cores there are, at most 4.
-        preprocessing_num_workers: not supported yet (the tokenizer uses all cores by itself).
-        cache_dir: not supported yet (token ids are kept in memory).
+        preprocessing_num_workers: processes that tokenise. Default: from the cores there are.
+        cache_dir: where token ids are kept between runs. Default: mft_lightning/tokens in the user's cache.
+        cache_by_contents: tell changed files by their bytes, which are all read then, not by path, size and time.
         eos_token: closes every answer. Default: the tokenizer's.
         pad_token: fills padded rows. Default: <|padding|> where the tokenizer has it, else its own, else eos.
         role_tokens: "text" leaves the role markers ordinary text. "added" is not supported yet.
@@ -83,6 +87,7 @@ class MFTDataModule(L.LightningDataModule):
         num_workers: int | None = None,
         preprocessing_num_workers: int | None = None,
         cache_dir: str | None = None,
+        cache_by_contents: bool = False,
         eos_token: str | None = None,
         pad_token: str | None = None,
         role_tokens: Literal["text", "added"] = "text",
@@ -95,19 +100,12 @@ class MFTDataModule(L.LightningDataModule):
         super().__init__()
         _refuse_not_yet(
             {
-                "padding_mode": (padding_mode, padding_mode == "concat", "Use pack or padding."),
                 "total_train_batch_tokens": (
                     total_train_batch_tokens,
                     total_train_batch_tokens is not None,
                     "Use data.total_train_batch_size.",
                 ),
                 "task_sampling": (task_sampling, task_sampling != "proportional", "Use proportional."),
-                "preprocessing_num_workers": (
-                    preprocessing_num_workers,
-                    preprocessing_num_workers is not None,
-                    "Leave it out: the tokenizer uses all cores by itself.",
-                ),
-                "cache_dir": (cache_dir, cache_dir is not None, "Leave it out: token ids are kept in memory."),
                 "role_tokens": (role_tokens, role_tokens == "added", "Use text."),
             }
         )
@@ -121,6 +119,15 @@ class MFTDataModule(L.LightningDataModule):
             raise UserError(f"data.max_skipped_share: {max_skipped_share} is no share from 0 to 1.")
         if num_workers is not None and num_workers < 0:
             raise UserError(f"data.num_workers: {num_workers} is negative.")
+        if preprocessing_num_workers is not None and preprocessing_num_workers < 1:
+            raise UserError(f"data.preprocessing_num_workers: {preprocessing_num_workers} is less than 1.")
+        if cache_dir == "":
+            raise UserError("data.cache_dir: is empty. Give a directory, or leave it out for the user's cache.")
+        if padding_mode == "concat" and tokenize_mode != "pretrain":
+            raise UserError(
+                "data.padding_mode: concat cuts a stream of tokens into rows, across conversations. It is for "
+                "data.tokenize_mode: pretrain; use pack or padding."
+            )
         self.tasks = find_tasks(data_paths)
         self.valid_tasks = _aligned(valid_data_paths, self.tasks)
         self.shares = parse_shares(data_split or ("100,0,0" if self.valid_tasks else DEFAULT_SPLIT))
@@ -130,13 +137,14 @@ class MFTDataModule(L.LightningDataModule):
             on_overlong=on_overlong,
             on_bad_record=on_bad_record,
             max_skipped_share=max_skipped_share,
+            concat=padding_mode == "concat",
         )
         self.packed = padding_mode == "pack"
         self.batch_sizes = derive_batch_sizes(
             total_train_batch_size, per_device_train_batch_size, gradient_accumulation_steps
         )
         self.valid_batch_size = per_device_valid_batch_size or self.batch_sizes.per_device
-        self.num_workers = max(0, min(4, (os.cpu_count() or 1) // 2 - 1)) if num_workers is None else num_workers
+        self.num_workers = max(0, min(4, _cores() // 2 - 1)) if num_workers is None else num_workers
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             shipped_example(tokenizer_path),
@@ -153,32 +161,58 @@ class MFTDataModule(L.LightningDataModule):
             raise UserError(f"evaluation.exclude_tasks: {unknown} is none of the tasks {', '.join(self.task_names)}.")
         if set(self.exclude_tasks) == set(self.task_names):
             raise UserError("evaluation.exclude_tasks: leaves no task to evaluate. Set evaluation.strategy: none.")
+        self.cache_settings = CacheSettings(
+            directory=Path(cache_dir).expanduser().absolute() if cache_dir else default_cache_dir(),
+            processes=preprocessing_num_workers or _cores(),
+            by_contents=cache_by_contents,
+        )
+        self.corpora: list[Corpus] = []
         self.tables: dict[str, TokenTable] | None = None
-        self.reports: list[TaskReport] = []
-        self.valid_reports: list[TaskReport] = []
 
     @property
     def task_names(self) -> list[str]:
         return [task.name for task in self.tasks]
 
+    @property
+    def reports(self) -> list[TaskReport]:
+        """Counts of each task's directory."""
+        return self.corpora[0].reports
+
+    @property
+    def valid_reports(self) -> list[TaskReport]:
+        """Counts of each task's validation directory, where there are such."""
+        return self.corpora[1].reports if self.valid_tasks else []
+
+    def load(self, *, stop: bool = True) -> list[Corpus]:
+        """The records of the task directories and, where there are such, those of the validation directories, once.
+
+        Args:
+            stop: whether tokenising ends at the first record that is an error; else it is told by ``setup`` only.
+
+        Raises:
+            UserError: what cannot be read, and the first refused record, if it stops there.
+        """
+        if not self.corpora:
+            cache = TokenCache(self.cache_settings, self.chat_format)
+            for tasks, shares in ((self.tasks, self.shares), (self.valid_tasks, (0.0, 1.0, 0.0))):
+                numbers = [self.task_names.index(task.name) for task in tasks]
+                if tasks:
+                    self.corpora.append(load_corpus(tasks, numbers, shares, cache, self.policy, self.seed, stop=stop))
+        return self.corpora
+
     def setup(self, stage: str | None = None) -> None:
-        """Encode all records into tables, once.
+        """Tokenise what the cache does not hold, and lay out the splits, once.
 
         Raises:
             UserError: a bad record, or no conversation left to train on.
         """
         if self.tables is not None:
             return
-        tables, self.reports = build_tables(self.tasks, self.shares, self.chat_format, self.policy, self.seed)
+        for corpus in self.load():
+            corpus.refuse()
+        tables = {split: self.corpora[0].table(split) for split in SPLITS}
         if self.valid_tasks:
-            valid, self.valid_reports = build_tables(
-                self.valid_tasks, (0.0, 1.0, 0.0), self.chat_format, self.policy, self.seed
-            )
-            numbers = np.array([self.task_names.index(task.name) for task in self.valid_tasks])
-            table = valid["valid"]
-            tables["valid"] = TokenTable(
-                table.input_ids, table.supervised, table.offsets, numbers[table.tasks], table.n_supervised
-            )
+            tables["valid"] = self.corpora[1].table("valid")
         present = np.bincount(tables["train"].tasks, minlength=len(self.tasks))
         if missing := [name for name, count in zip(self.task_names, present, strict=True) if count == 0]:
             reasons = {report.task: dict(report.dropped) for report in self.reports if report.task in missing}
@@ -223,16 +257,12 @@ class MFTDataModule(L.LightningDataModule):
     def fingerprint(self) -> dict[str, Any]:
         """What decides the global batches, by config key; a checkpoint resumes only on the same."""
         table = self.table("train")
-        digest = hashlib.sha256(table.input_ids.tobytes())
-        digest.update(table.supervised.tobytes())
-        digest.update(table.offsets.tobytes())
-        digest.update(table.tasks.tobytes())
         return {
             "data.data_paths (tasks)": self.task_names,
             "data.total_train_batch_size": self.batch_sizes.total,
             "seed_everything": self.seed,
             "training conversations": len(table),
-            "training tokens (digest)": digest.hexdigest()[:16],
+            "training tokens (digest)": table.digest,
         }
 
     def train_dataloader(self) -> TrainLoader:
@@ -271,6 +301,11 @@ class MFTDataModule(L.LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+def _cores() -> int:
+    """Of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _aligned(paths: list[str] | str | None, tasks: list[Task]) -> list[Task]:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mft_lightning.data.collate import MicroBatch, StepBatch, collate, collate_step
 from mft_lightning.data.plan import Plan
-from mft_lightning.data.token_cache import TokenTable
+from mft_lightning.data.token_table import TokenTable
 
 
 class TrainSteps(Dataset[StepBatch]):

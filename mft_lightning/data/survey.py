@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
+from mft_lightning.data.admission import BAD, TaskReport
 from mft_lightning.data.chat_format import ChatFormat
-from mft_lightning.data.records import Conversation
-from mft_lightning.data.token_cache import BATCH, Record, TaskReport
+from mft_lightning.data.corpus import Corpus
 
 QUANTILES = (0.5, 0.9, 0.99, 1.0)
+COMPARED = 2000  # conversations of a task, at most, that are tokenised again
+BATCH = 200  # of these that the tokenizer sees at once
 
 
 @dataclass
@@ -21,46 +22,32 @@ class TaskSurvey:
 
     Attributes:
         report: conversations, tokens, and what was left out.
-        lengths: tokens of every conversation that could be read, before any was left out or cut as too long.
-        differing: conversations that a tokenizer given the whole rendered text at once would encode otherwise.
+        lengths: ``int32 [conversations]``, tokens of every conversation that could be read, before any was left out or
+            cut as too long.
+        compared: conversations that were tokenised again as one string, from the first on.
+        differing: how many of them a tokenizer that is given the whole rendered text at once would encode otherwise.
     """
 
     report: TaskReport
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    differing: int = 0
+    lengths: np.ndarray
+    compared: int
+    differing: int
 
     def quantiles(self) -> list[int]:
         """The median, 90th and 99th percentile and maximum of the lengths: each the length of a conversation."""
-        if not self.lengths:
+        if not len(self.lengths):
             return [0] * len(QUANTILES)
-        return [int(q) for q in np.quantile(np.asarray(self.lengths), QUANTILES, method="higher")]
+        return [int(q) for q in np.quantile(self.lengths, QUANTILES, method="higher")]
 
 
-class Survey:
-    """Builds a :class:`TaskSurvey` for every task from records in any order."""
-
-    def __init__(self, tasks: Sequence[str], chat_format: ChatFormat) -> None:
-        self.chat_format = chat_format
-        self.tasks = {name: TaskSurvey(TaskReport(name)) for name in tasks}
-        self._waiting: list[tuple[str, Conversation]] = []
-
-    def add(self, task: str, split: str, record: Record) -> None:
-        """Count a record of ``split``."""
-        survey = self.tasks[task]
-        survey.report.count(record, split)
-        if record.conversation is not None:
-            survey.lengths.append(record.length)
-            self._waiting.append((task, record.conversation))
-            if len(self._waiting) == BATCH:
-                self._compare()
-
-    def finish(self) -> list[TaskSurvey]:
-        """The surveys, in the order of the tasks, when all records were added."""
-        self._compare()
-        return list(self.tasks.values())
-
-    def _compare(self) -> None:
-        same = self.chat_format.encodes_as_one_string([conversation for _, conversation in self._waiting])
-        for (task, _), alike in zip(self._waiting, same, strict=True):
-            self.tasks[task].differing += not alike
-        self._waiting.clear()
+def survey(corpus: Corpus, task: int, chat_format: ChatFormat) -> TaskSurvey:
+    """A survey of a task, given by its place in the corpus."""
+    store, start, end = corpus.admission.store, corpus.first[task], corpus.first[task + 1]
+    readable = start + np.flatnonzero(corpus.admission.outcome[start:end] != BAD)
+    compared = readable[:COMPARED]
+    differing = 0
+    for part in np.array_split(compared, max(1, math.ceil(len(compared) / BATCH))):
+        rows = [store.row(int(record))[0].tolist() for record in part]
+        whole = chat_format.encode_one_string([chat_format.decode(ids) for ids in rows])
+        differing += sum(ids != other for ids, other in zip(rows, whole, strict=True))
+    return TaskSurvey(corpus.reports[task], store.lengths[readable], len(compared), differing)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from mft_lightning.data.chat_format import ChatFormat, Encoded
+from mft_lightning.data.chat_encoder import Encoded
+from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.records import BadRecord, Conversation, Turn
 from mft_lightning.errors import UserError
 
@@ -70,8 +72,13 @@ some_conversation = given(conversation=conversations(CONTENTS))
 checked = settings(deadline=None, max_examples=60)
 
 
+@cache
+def chat_format(tokenizer: PreTrainedTokenizerBase, mode: str = "sft") -> ChatFormat:
+    return ChatFormat(tokenizer, tokenize_mode=mode)
+
+
 def encoded(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, mode: str = "sft") -> Encoded:
-    return ChatFormat(tokenizer, tokenize_mode=mode).encode([conversation])[0]
+    return chat_format(tokenizer, mode).encode([conversation])[0]
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, str]]:
@@ -288,10 +295,9 @@ def test_plain_text_is_refused_in_sft(small_tokenizer: PreTrainedTokenizerBase) 
     assert caught.value.reason == "text-in-sft"
 
 
-def test_truncation_keeps_ids_and_supervision_aligned() -> None:
-    whole = Encoded([5, 6, 7, 8], [0, 0, 1, 1])
-    assert whole.truncated(3) == Encoded([5, 6, 7], [0, 0, 1])
-    assert whole.truncated(9) == whole
+def test_spans_and_mask_say_the_same() -> None:
+    assert Encoded([5, 6, 7, 8], [1, 2, 3, 4]).supervised == [0, 1, 0, 1]
+    assert Encoded([5], []).supervised == [0]
 
 
 # --- punctuation

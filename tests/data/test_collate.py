@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft_lightning.data.chat_format import Encoded
+from mft_lightning.data.chat_encoder import Encoded
 from mft_lightning.data.collate import MicroBatch, StepBatch, collate, collate_step
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
 from mft_lightning.data.plan import Plan, deal_evaluation
-from mft_lightning.data.token_cache import TokenTable
+from mft_lightning.data.token_table import TokenTable
+from tests.data.tables import masked, table_of
 
 PAD = 1
 TASKS = 3
@@ -25,7 +26,7 @@ def encodings(draw: st.DrawFn) -> Encoded:
     length = draw(st.integers(2, 12))
     ids = draw(st.lists(st.integers(0, 30), min_size=length, max_size=length))
     supervised = draw(st.lists(st.integers(0, 1), min_size=length - 1, max_size=length - 1).filter(any))
-    return Encoded(ids, [0, *supervised])
+    return masked(ids, [0, *supervised])
 
 
 ROWS = st.lists(st.tuples(st.integers(0, TASKS - 1), encodings()), min_size=1, max_size=12)
@@ -37,8 +38,8 @@ def some_table(count: int = 23) -> TokenTable:
     for _ in range(count):
         length = int(random.integers(2, 20))
         supervised = [0, 1, *random.integers(0, 2, length - 2).tolist()]
-        rows.append((int(random.integers(0, TASKS)), Encoded(random.integers(2, 99, length).tolist(), supervised)))
-    return TokenTable.of(rows)
+        rows.append((int(random.integers(0, TASKS)), masked(random.integers(2, 99, length).tolist(), supervised)))
+    return table_of(rows)
 
 
 def tensors(micro: MicroBatch) -> dict[str, torch.Tensor]:
@@ -60,7 +61,7 @@ def plain(batch: Any) -> Any:
 @given(rows=ROWS)
 @checked
 def test_a_table_gives_back_its_rows(rows: list[tuple[int, Encoded]]) -> None:
-    table = TokenTable.of(rows)
+    table = table_of(rows)
     assert len(table) == len(rows)
     for index, (task, encoded) in enumerate(rows):
         ids, supervised = table.row(index)
@@ -70,7 +71,7 @@ def test_a_table_gives_back_its_rows(rows: list[tuple[int, Encoded]]) -> None:
 
 
 def test_a_table_may_be_empty() -> None:
-    table = TokenTable.of([])
+    table = table_of([])
     assert len(table) == 0 and table.lengths.tolist() == []
 
 
@@ -83,7 +84,7 @@ def test_targets_are_the_supervised_ids_and_predictors_the_tokens_before_them(
     rows: list[tuple[int, Encoded]], packed: bool, data: st.DataObject
 ) -> None:
     chosen = data.draw(st.lists(st.sampled_from(range(len(rows))), min_size=1, unique=True))
-    micro = collate(TokenTable.of(rows), chosen, packed=packed, pad_id=PAD)
+    micro = collate(table_of(rows), chosen, packed=packed, pad_id=PAD)
     ids, positions = micro.input_ids.flatten().tolist(), micro.position_ids.flatten().tolist()
     found: list[list[tuple[int, int, int]]] = [[] for _ in chosen]
     for place, target, conversation in zip(
@@ -105,7 +106,7 @@ def test_targets_are_the_supervised_ids_and_predictors_the_tokens_before_them(
 def test_a_packed_row_is_the_conversations_end_to_end_with_positions_that_restart(
     rows: list[tuple[int, Encoded]],
 ) -> None:
-    micro = collate(TokenTable.of(rows), range(len(rows)), packed=True, pad_id=PAD)
+    micro = collate(table_of(rows), range(len(rows)), packed=True, pad_id=PAD)
     assert micro.input_ids.tolist() == [[token for _, encoded in rows for token in encoded.input_ids]]
     assert micro.position_ids.tolist() == [[i for _, encoded in rows for i in range(len(encoded.input_ids))]]
     assert micro.packed_lengths == tuple(len(encoded.input_ids) for _, encoded in rows)
@@ -114,7 +115,7 @@ def test_a_packed_row_is_the_conversations_end_to_end_with_positions_that_restar
 @given(rows=ROWS)
 @checked
 def test_padded_rows_hold_a_conversation_each_and_padding_at_the_right(rows: list[tuple[int, Encoded]]) -> None:
-    micro = collate(TokenTable.of(rows), range(len(rows)), packed=False, pad_id=PAD)
+    micro = collate(table_of(rows), range(len(rows)), packed=False, pad_id=PAD)
     width = max(len(encoded.input_ids) for _, encoded in rows)
     assert micro.input_ids.tolist() == [
         encoded.input_ids + [PAD] * (width - len(encoded.input_ids)) for _, encoded in rows
@@ -156,7 +157,7 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
 def test_every_rank_knows_the_counts_of_the_whole_step(
     rows: list[tuple[int, Encoded]], packed: bool, total: int, per_device: int, world: int
 ) -> None:
-    table = TokenTable.of(rows)
+    table = table_of(rows)
     plan = Plan(lengths=table.lengths, total=total, per_device=per_device, packed=packed, seed=7)
     ranks = [TrainSteps(table, plan, tasks=TASKS, pad_id=PAD, rank=rank, world=world) for rank in range(world)]
     for step in range(plan.steps_per_epoch):
@@ -182,7 +183,8 @@ def test_evaluation_steps_hold_every_target_once_over_the_ranks(packed: bool) ->
         steps = EvaluationSteps(table, deal_evaluation(table.lengths, 4, rank, 3), packed=packed, pad_id=PAD)
         assert len(steps) == 2
         targets += [target for i in range(len(steps)) for target in steps[i].targets.tolist()]
-    assert sorted(targets) == sorted(table.input_ids[table.supervised == 1].tolist())
+    rows = [table.row(index) for index in range(len(table))]
+    assert sorted(targets) == sorted(token for ids, supervised in rows for token in ids[supervised == 1].tolist())
 
 
 # --- the loader's state

@@ -57,7 +57,7 @@ def test_dropped_records_are_shown_with_the_reason_and_bad_ones_end_with_an_erro
         (2, "overlong"),
         (3, "no-bot-turn"),
     ]
-    assert inspected(capsys, *words, "--data.on_bad_record", "skip") == found
+    assert inspected(capsys, *words, "--data.on_bad_record", "skip", "--data.max_skipped_share", "1") == found
     assert len(inspected(capsys, *words, "--data.on_bad_record", "skip", "--limit", "2")) == 2
 
 

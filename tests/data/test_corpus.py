@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from mft_lightning.data import token_cache
+from mft_lightning.data.admission import RecordPolicy, TaskReport
 from mft_lightning.data.chat_format import ChatFormat
+from mft_lightning.data.lines import read_blocks
 from mft_lightning.data.tasks import Task, parse_shares
-from mft_lightning.data.token_cache import RecordPolicy, TaskReport, TokenTable, build_tables
+from mft_lightning.data.token_table import TokenTable
 from mft_lightning.errors import UserError
+from tests.data.tables import loaded, split_tables
 
 SEQ_LENGTH = 120  # a question and a short answer take about 40 tokens of the small tokenizer
 ALL_TRAIN = (1.0, 0.0, 0.0)
@@ -71,8 +75,8 @@ def lines_of(kinds: list[Kind], first: int = 0) -> list[str]:
 
 
 def one_table(tokenizer: PreTrainedTokenizerBase, task: Task, **changes: Any) -> tuple[TokenTable, TaskReport]:
-    tables, (report,) = build_tables([task], ALL_TRAIN, ChatFormat(tokenizer), policy(**changes), 42)
-    return tables["train"], report
+    corpus = loaded([task], ALL_TRAIN, ChatFormat(tokenizer), policy(**changes), task.directory.parent / "cache")
+    return corpus.table("train"), corpus.reports[0]
 
 
 def answers_of(tokenizer: PreTrainedTokenizerBase, table: TokenTable, index: int) -> list[str]:
@@ -88,7 +92,7 @@ def answers_of(tokenizer: PreTrainedTokenizerBase, table: TokenTable, index: int
     kinds=st.lists(st.lists(FILE, min_size=1, max_size=2), min_size=1, max_size=3),
     shares=st.sampled_from(["100,0,0", "95,5,0", "60,20,20"]),
     on_overlong=st.sampled_from(["drop", "truncate"]),
-    batch=st.sampled_from([1, 3, 1000]),
+    block=st.sampled_from([1, 150, 1 << 20]),
 )
 @settings(deadline=None, max_examples=60)
 def test_every_record_is_kept_or_counted_with_its_reason(
@@ -97,7 +101,7 @@ def test_every_record_is_kept_or_counted_with_its_reason(
     kinds: list[list[list[Kind]]],
     shares: str,
     on_overlong: str,
-    batch: int,
+    block: int,
 ) -> None:
     root = tmp_path_factory.mktemp("tasks")
     tasks = [
@@ -106,10 +110,9 @@ def test_every_record_is_kept_or_counted_with_its_reason(
     ]
     truncates = on_overlong == "truncate"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(token_cache, "BATCH", batch)
-        tables, reports = build_tables(
-            tasks, parse_shares(shares), ChatFormat(small_tokenizer), policy(on_overlong=on_overlong), 42
-        )
+        patch.setattr(token_cache, "read_blocks", partial(read_blocks, size=block))
+        judged, encoder = policy(on_overlong=on_overlong), ChatFormat(small_tokenizer)
+        tables, reports = split_tables(loaded(tasks, parse_shares(shares), encoder, judged, root / "cache"))
     for number, (files, report) in enumerate(zip(kinds, reports, strict=True)):
         lines = [kind for file in files for kind in file if kind is not BLANK] + [SHORT]
         cut = [kind for kind in lines if truncates and kind is LONG_LATER_ANSWER]
@@ -169,8 +172,8 @@ def test_a_tasks_split_does_not_depend_on_the_other_tasks(
 ) -> None:
     first, second = (write_task(tmp_path / name, lines_of([SHORT] * 30)) for name in ["first", "second"])
     shares, encoder = parse_shares("60,20,20"), ChatFormat(small_tokenizer)
-    alone, _ = build_tables([second], shares, encoder, policy(), 42)
-    beside, _ = build_tables([first, second], shares, encoder, policy(), 42)
+    alone, _ = split_tables(loaded([second], shares, encoder, policy(), tmp_path / "cache"))
+    beside, _ = split_tables(loaded([first, second], shares, encoder, policy(), tmp_path / "cache"))
     for split, table in alone.items():
         rows = [row for row in range(len(beside[split])) if beside[split].tasks[row] == 1]
         assert [beside[split].row(row)[0].tolist() for row in rows] == [
@@ -237,7 +240,8 @@ def test_truncate_keeps_a_first_answer_that_fits_to_the_token_with_its_eos(
 def test_pretrain_truncates_any_long_text(small_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     task = write_task(tmp_path / "task", [json.dumps({"text": LONG}), LONG_ANSWER.line])
     encoder = ChatFormat(small_tokenizer, tokenize_mode="pretrain")
-    tables, (report,) = build_tables([task], ALL_TRAIN, encoder, policy(on_overlong="truncate"), 42)
+    cut = loaded([task], ALL_TRAIN, encoder, policy(on_overlong="truncate"), tmp_path / "cache")
+    tables, (report,) = split_tables(cut)
     assert report.truncated == 2 and not report.dropped
     assert tables["train"].lengths.tolist() == [SEQ_LENGTH] * 2
     assert tables["train"].n_supervised.tolist() == [SEQ_LENGTH - 1] * 2
@@ -293,4 +297,5 @@ def test_max_skipped_share_is_held_by_each_task_alone(small_tokenizer: PreTraine
     clean = write_task(tmp_path / "clean", lines_of([SHORT] * 50))
     dirty = write_task(tmp_path / "dirty", lines_of([SHORT, BAD[0]]))
     with pytest.raises(UserError, match="task 'dirty': 1 of 2"):
-        build_tables([clean, dirty], ALL_TRAIN, ChatFormat(small_tokenizer), policy(max_skipped_share=0.05), 42)
+        judged = policy(max_skipped_share=0.05)
+        loaded([clean, dirty], ALL_TRAIN, ChatFormat(small_tokenizer), judged, tmp_path / "cache")

@@ -1,0 +1,160 @@
+"""The one encoder of training and generation, light enough for processes that do nothing but encode.
+
+A conversation is rendered as turns of ``<|role_start|>ROLE<|role_end|>CONTENT`` with nothing between them; a bot turn
+ends with the eos token. Each stretch between two answers is encoded as one string and each answer alone, so that the
+ids before the first answer are what the tokenizer gives for the rendered prompt at inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from tokenizers import Tokenizer
+
+from mft_lightning.data.records import BadRecord, Conversation
+
+ROLE_START, ROLE_END = "<|role_start|>", "<|role_end|>"
+
+# The original's `punctuation_format`: no-break spaces to spaces, full-width signs to ASCII.
+_PUNCTUATION = str.maketrans(
+    "\u202f\xa0\uff0c\u3002\uff01\uff1f\uff1a\u3010\u3011\uff08\uff09\uff05\uff03\uff20\uff06"
+    "\uff11\uff12\uff13\uff14\uff15\uff16\uff17\uff18\uff19\uff10",
+    "  ,.!?:[]()%#@&1234567890",
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A text that is encoded as one string; ``answer`` if it is supervised and closed by the eos token."""
+
+    text: str
+    answer: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids, and where they are supervised: flat ``[start, end, start, end, …]`` places in ``input_ids``."""
+
+    input_ids: list[int]
+    spans: list[int]
+
+    @property
+    def supervised(self) -> list[int]:
+        """1 for every supervised id and 0 for the others."""
+        mask = [0] * len(self.input_ids)
+        for start, end in zip(self.spans[::2], self.spans[1::2], strict=True):
+            mask[start:end] = [1] * (end - start)
+        return mask
+
+
+def marker(role: str) -> str:
+    return f"{ROLE_START}{role}{ROLE_END}"
+
+
+class PlainTexts:
+    """Texts to ids by a tokenizer of the tokenizers library, every text as plain text.
+
+    Args:
+        serialized: the tokenizer, as its ``to_str`` gives it. A tokenizer of its own is made from it at first use, so
+            that what others set on theirs does not count.
+    """
+
+    def __init__(self, serialized: str) -> None:
+        self.serialized = serialized
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def __reduce__(self) -> tuple[type[PlainTexts], tuple[str]]:
+        return type(self), (self.serialized,)
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = Tokenizer.from_str(self.serialized)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # a control token written in a text is text
+        return tokenizer
+
+
+class ChatEncoder:
+    """Encodes conversations.
+
+    Args:
+        encode_texts: texts to the ids of each, with no special token added and none read out of the text.
+        eos_token: closes every answer.
+        eos_token_id: its id.
+        pretrain: supervise every token but the first, not answers and their eos alone.
+        normalize_punctuation: rewrite full-width punctuation to ASCII in all contents, as the original did.
+    """
+
+    def __init__(
+        self,
+        encode_texts: Callable[[list[str]], list[list[int]]],
+        *,
+        eos_token: str,
+        eos_token_id: int,
+        pretrain: bool,
+        normalize_punctuation: bool,
+    ) -> None:
+        self.encode_texts = encode_texts
+        self.eos_token, self.eos_token_id = eos_token, eos_token_id
+        self.pretrain, self.normalize_punctuation = pretrain, normalize_punctuation
+
+    def segments(self, conversation: Conversation) -> Iterator[Segment]:
+        """The stretches that are encoded each as one string, in order.
+
+        Raises:
+            BadRecord: a plain text in ``sft`` mode.
+        """
+        if conversation.text is not None:
+            if not self.pretrain:
+                raise BadRecord("text-in-sft", "text: has no bot turn to learn from; set data.tokenize_mode: pretrain")
+            yield Segment(self._content(conversation.text), answer=True)
+            return
+        stretch = ""
+        for turn in conversation.turns:
+            stretch += marker(turn.role)
+            if turn.role == "bot":
+                yield Segment(stretch, answer=False)
+                yield Segment(self._content(turn.content), answer=True)
+                stretch = ""
+            else:
+                stretch += self._content(turn.content)
+        if stretch:
+            yield Segment(stretch, answer=False)
+
+    def render(self, conversation: Conversation) -> str:
+        """The conversation as one string, before tokenisation."""
+        return "".join(part.text + (self.eos_token if part.answer else "") for part in self.segments(conversation))
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        """Ids and supervision of many conversations; the tokenizer sees all their texts in one batch."""
+        return self.encode_segments([list(self.segments(conversation)) for conversation in conversations])
+
+    def encode_segments(self, parts: Sequence[Sequence[Segment]]) -> list[Encoded]:
+        """Ids and supervision of many conversations, each given as its segments."""
+        texts = [segment.text for segments in parts for segment in segments]
+        encoded = iter(self.encode_texts(texts)) if texts else iter([])
+        return [self._joined(segments, encoded) for segments in parts]
+
+    def _joined(self, segments: Sequence[Segment], encoded: Iterator[list[int]]) -> Encoded:
+        input_ids: list[int] = []
+        spans: list[int] = []
+        for segment in segments:
+            start = len(input_ids)
+            input_ids += next(encoded)
+            if segment.answer:
+                input_ids.append(self.eos_token_id)
+                if not self.pretrain:
+                    spans += (start, len(input_ids))
+        if self.pretrain:
+            spans = [0, len(input_ids)]
+        if spans and spans[0] == 0:  # nothing comes before the first token that could predict it
+            spans = [1, *spans[1:]] if spans[1] > 1 else spans[2:]
+        return Encoded(input_ids, spans)
+
+    def _content(self, text: str) -> str:
+        return text.translate(_PUNCTUATION) if self.normalize_punctuation else text

@@ -1,0 +1,142 @@
+"""Blocks of lines to batches of Arrow, in this process or in several. Nothing here imports torch or transformers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from array import array
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context, parent_process
+
+import numpy as np
+import pyarrow as pa
+
+from mft_lightning.data.chat_encoder import ChatEncoder, Segment
+from mft_lightning.data.lines import Block
+from mft_lightning.data.records import BadRecord, parse_record
+from mft_lightning.errors import UserError
+
+WAITING = 3  # blocks that are read ahead for each process, so that none waits for its next one
+
+
+def schema(id_type: str) -> pa.Schema:
+    """The columns of a batch, a row for every line that is not blank.
+
+    ``line`` is its number in the file, ``input_ids`` its tokens and ``spans`` the flat ``[start, end, …]`` places of
+    those that are supervised; of a line that is no usable conversation, ``reason`` and ``detail`` instead.
+    """
+    ids = pa.list_(pa.field("item", pa.type_for_alias(id_type), nullable=False))
+    spans = pa.list_(pa.field("item", pa.int32(), nullable=False))
+    return pa.schema(
+        [
+            pa.field("line", pa.int64(), nullable=False),
+            pa.field("input_ids", ids, nullable=False),
+            pa.field("spans", spans, nullable=False),
+            pa.field("reason", pa.string()),
+            pa.field("detail", pa.string()),
+        ]
+    )
+
+
+def encode_block(block: Block, encoder: ChatEncoder, id_type: str) -> pa.RecordBatch:
+    """Every line of a block as a row of :func:`schema`, in order; none is left out.
+
+    Args:
+        block: whole lines of a file.
+        encoder: of conversations.
+        id_type: ``uint16`` or ``uint32``, of the token ids.
+    """
+    numbers, reasons, details, conversations = array("q"), [], [], []
+    for line in block.lines():
+        segments: list[Segment] = []
+        reason = detail = None
+        try:
+            segments = list(encoder.segments(parse_record(line.raw)))
+        except BadRecord as error:
+            reason, detail = error.reason, error.detail
+        numbers.append(line.number)
+        reasons.append(reason)
+        details.append(detail)
+        conversations.append(segments)
+    ids, spans = array("H" if id_type == "uint16" else "I"), array("i")
+    id_ends, span_ends = array("i", [0]), array("i", [0])
+    for encoded in encoder.encode_segments(conversations):
+        ids.fromlist(encoded.input_ids)
+        spans.fromlist(encoded.spans)
+        id_ends.append(len(ids))
+        span_ends.append(len(spans))
+    form = schema(id_type)
+    columns = [
+        pa.array(np.asarray(numbers)),
+        pa.ListArray.from_arrays(np.asarray(id_ends), pa.array(np.asarray(ids)), type=form.field("input_ids").type),
+        pa.ListArray.from_arrays(np.asarray(span_ends), pa.array(np.asarray(spans)), type=form.field("spans").type),
+        pa.array(reasons, pa.string()),
+        pa.array(details, pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=form)
+
+
+def encode_blocks(
+    blocks: Iterable[Block], encoder: ChatEncoder, id_type: str, processes: int
+) -> Generator[tuple[Block, pa.RecordBatch]]:
+    """Every block with its batch, in order.
+
+    Args:
+        blocks: read ahead by a few for each process, never all at once.
+        encoder: of conversations; pickled where there are several processes.
+        id_type: ``uint16`` or ``uint32``.
+        processes: that share the work; 1 is this one.
+
+    Raises:
+        UserError: a process was ended from outside.
+    """
+    encode = partial(encode_block, encoder=encoder, id_type=id_type)
+    if processes == 1:
+        for block in blocks:
+            yield block, encode(block)
+        return
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_process, (encode,))
+    waiting: deque[tuple[Block, Future[pa.RecordBatch]]] = deque()
+    try:
+        for block in blocks:
+            waiting.append((block, pool.submit(_encode_there, block)))
+            if len(waiting) > WAITING * processes:
+                block, batch = waiting.popleft()
+                yield block, batch.result()
+        for block, batch in waiting:
+            yield block, batch.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "data.preprocessing_num_workers: a process that encoded was ended from outside, perhaps for want of "
+            f"memory. Give fewer than {processes}."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_encode: partial[pa.RecordBatch]  # of a process that encodes
+
+
+def _start_process(encode: partial[pa.RecordBatch]) -> None:
+    """What a process that encodes is told once: the encoder. It leaves Ctrl-C to its parent, and ends with it."""
+    global _encode
+    _encode = encode
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _encode_there(block: Block) -> pa.RecordBatch:
+    return _encode(block)
