@@ -96,11 +96,13 @@ def inspect(argv: list[str]) -> None:
         if config.config["json"]:
             for record in choice.paged(choice.groups(datamodule)):
                 print(json_line(as_object(datamodule.chat_format, record)))
+            sys.stdout.flush()
+            for corpus in datamodule.load():
+                corpus.refuse()
         else:
             _print_tables(datamodule, choice)
             _print_conversations(datamodule, choice)
-        sys.stdout.flush()
-        datamodule.setup()
+            datamodule.setup()
 
 
 def as_object(chat_format: ChatFormat, record: Record) -> dict[str, Any]:

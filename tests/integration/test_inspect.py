@@ -57,8 +57,9 @@ def test_dropped_records_are_shown_with_the_reason_and_bad_ones_end_with_an_erro
         (2, "overlong"),
         (3, "no-bot-turn"),
     ]
-    assert inspected(capsys, *words, "--data.on_bad_record", "skip", "--data.max_skipped_share", "1") == found
-    assert len(inspected(capsys, *words, "--data.on_bad_record", "skip", "--limit", "2")) == 2
+    skip = ("--data.on_bad_record", "skip", "--data.max_skipped_share", "1")
+    assert inspected(capsys, *words, *skip) == found
+    assert len(inspected(capsys, *words, *skip, "--limit", "2")) == 2
 
 
 def test_what_is_shown_as_supervised_is_what_is_learned(
