@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from reprlib import Repr
 from typing import Any, Literal
 
 from mft_lightning.data.lines import MAX_LINE
@@ -16,6 +17,8 @@ ROLE_ALIASES: dict[str, Role] = {
     "bot": "bot",
     "assistant": "bot",
 }
+_SHORT = Repr()  # a value of the record in a message: it may be as long as a line
+_SHORT.maxstring = 60
 
 
 @dataclass(frozen=True)
@@ -119,27 +122,29 @@ def _named_turns(record: dict[str, Any], *, answered: bool) -> list[tuple[str, T
 def _parse_json(raw: bytes) -> dict[str, Any]:
     if len(raw) > MAX_LINE:
         raise BadRecord("line-too-long", f"is longer than {MAX_LINE >> 20} MiB")
+    hint = "; it looks like a JSON array: write one object per line" if raw.startswith(b"[") else ""
     try:
         record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
         raise BadRecord("not-utf8", f"is not UTF-8 (byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
-        raise BadRecord("invalid-json", f"is not valid JSON ({error.msg} at column {error.colno})") from error
+        what = "a NUL, as in UTF-16," if error.doc[error.pos : error.pos + 1] == "\0" else error.msg
+        raise BadRecord("invalid-json", f"is not valid JSON ({what} at column {error.colno}){hint}") from error
     except ValueError as error:  # a number with more digits than Python converts
         raise BadRecord("invalid-json", f"is not valid JSON ({error})") from error
     except RecursionError as error:
         raise BadRecord("invalid-json", "is nested too deeply") from error
     if not isinstance(record, dict):
-        raise BadRecord("not-an-object", f"is a JSON {type(record).__name__}, not an object")
+        raise BadRecord("not-an-object", f"is a JSON {type(record).__name__}, not an object{hint}")
     return record
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise BadRecord("duplicate-key", f"{repeated!r}: stands twice in one object")
+    record: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in record:
+            raise BadRecord("duplicate-key", f"{_SHORT.repr(key)}: stands twice in one object")
+        record[key] = value
     return record
 
 
@@ -166,7 +171,7 @@ def _rounds(rounds: Any, field: str) -> list[Turn]:
         role = ROLE_ALIASES.get(item["role"]) if isinstance(item.get("role"), str) else None
         if role is None:
             known = ", ".join(ROLE_ALIASES)
-            raise BadRecord("unknown-role", f"{where}.role: {item.get('role')!r} is none of {known}")
+            raise BadRecord("unknown-role", f"{where}.role: {_SHORT.repr(item.get('role'))} is none of {known}")
         turns.append(Turn(role, _text(item, "content", f"{where}.")))
     return turns
 

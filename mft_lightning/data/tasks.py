@@ -48,7 +48,8 @@ def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list
     """The tasks that ``paths`` name, in order.
 
     Raises:
-        UserError: two directories with one task name, or a name that cannot stand in a metric's tag.
+        UserError: two directories with one task name, names that differ in capitals alone, which not every file
+            system tells apart, or a name that cannot stand in a metric's tag.
     """
     tasks: dict[str, Task] = {}
     for path in parse_paths(paths, key):
@@ -58,9 +59,10 @@ def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list
             raise UserError(
                 f"{key}: {name!r} is no good task name. Use letters, digits, '_', '-', '.', '+' and spaces."
             )
-        if name in tasks:
-            raise UserError(f"{key}: {tasks[name].directory} and {directory} both name the task {name!r}. Rename one.")
-        tasks[name] = Task(name, directory)
+        if other := tasks.get(name.casefold()):
+            but = "" if other.name == name else ", but for capitals"
+            raise UserError(f"{key}: {other.directory} and {directory} both name the task {name!r}{but}. Rename one.")
+        tasks[name.casefold()] = Task(name, directory)
     return list(tasks.values())
 
 

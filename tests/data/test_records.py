@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mft_lightning.data.lines import MAX_LINE
 from mft_lightning.data.records import BadRecord, Conversation, Question, Turn, parse_question, parse_record
 
 SYSTEM, ASK, REPLY = Turn("system", "Be brief."), Turn("human", "2+2?"), Turn("bot", "4")
@@ -107,30 +110,72 @@ BAD = {
     "BOM inside the file": (BOM + b'{"text": "a"}', "invalid-json", "BOM"),
     "nested deeply": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid-json", "nested too deeply"),
     "latin-1": ('{"text": "é"}'.encode("latin-1"), "not-utf8", "byte 10"),
+    "utf-16 without its mark": (
+        '{"text": "a"}'.encode("utf-16-le"),
+        "invalid-json",
+        "a NUL, as in UTF-16, at column 2",
+    ),
+    "a NUL in a string": ('{"text": "éé\0"}'.encode(), "invalid-json", "a NUL, as in UTF-16, at column 13"),
+    "a NUL alone": (b"\0\0", "invalid-json", "column 1"),
+    "surrogates in UTF-8": (b'{"text": "\xed\xa0\xbd"}', "not-utf8", "byte 10"),
+    "longer than may be": (b'{"text": "' + b"x" * MAX_LINE + b'"}', "line-too-long", "8 MiB"),
     "utf-16": ('{"text": "a"}'.encode("utf-16"), "not-utf8", "UTF-8"),
-    "array": (b'["a"]', "not-an-object", "list"),
+    "array": (b'["a"]', "not-an-object", "list, not an object; it looks like a JSON array: write one object per line"),
+    "array of conversations": (b'[{"prompt": "q", "answer": "a"}]', "not-an-object", "write one object per line"),
+    "array that goes on": (b'[{"prompt": "q", "answer": "a"},', "invalid-json", "write one object per line"),
+    "array that starts": (b"[", "invalid-json", "write one object per line"),
+    "number": (b"1", "not-an-object", "int"),
+    "true": (b"true", "not-an-object", "bool"),
+    "NaN": (b"NaN", "not-an-object", "float"),
     "string": (b'"a"', "not-an-object", "str"),
     "null": (b"null", "not-an-object", "NoneType"),
     "key twice": (b'{"prompt": "q", "answer": "a", "answer": "b"}', "duplicate-key", "answer"),
     "key twice inside": (chat(HUMAN, b'{"role": "bot", "content": "a", "content": "b"}'), "duplicate-key", "content"),
     "no known field": (b'{"question": "q"}', "no-conversation", "chat_rounds"),
     "empty object": (b"{}", "no-conversation", "prompt"),
-    "rounds null": (b'{"chat_rounds": null}', "bad-rounds", "chat_rounds"),
-    "rounds an object": (b'{"messages": {"role": "human"}}', "bad-rounds", "messages"),
     "a round that is a string": (chat(HUMAN, b'"a"'), "bad-rounds", "chat_rounds[1]"),
     "role unknown": (chat(b'{"role": "gpt", "content": "q"}', BOT), "unknown-role", "chat_rounds[0].role"),
     "role in capitals": (chat(HUMAN, b'{"role": "Bot", "content": "q"}'), "unknown-role", "chat_rounds[1].role"),
     "role missing": (chat(HUMAN, b'{"content": "q"}'), "unknown-role", "chat_rounds[1].role"),
+    "role null": (chat(HUMAN, b'{"role": null, "content": "q"}'), "unknown-role", "chat_rounds[1].role: None"),
+    "role a number": (chat(HUMAN, b'{"role": 1, "content": "q"}'), "unknown-role", "chat_rounds[1].role: 1"),
+    "role an object": (chat(HUMAN, b'{"role": {}, "content": "q"}'), "unknown-role", "chat_rounds[1].role: {}"),
     "role a list": (chat(HUMAN, b'{"role": ["bot"], "content": "q"}'), "unknown-role", "chat_rounds[1].role"),
     "content missing": (chat(HUMAN, b'{"role": "bot"}'), "missing-content", "chat_rounds[1].content"),
-    "content null": (chat(b'{"role": "human", "content": null}', BOT), "missing-content", "chat_rounds[0].content"),
-    "content a list": (chat(HUMAN, b'{"role": "bot", "content": []}'), "missing-content", "chat_rounds[1].content"),
+    **{
+        f"{field} {name}": (record.replace(b"?", value), "missing-content", f"{field}: is {kind}, not a string")
+        for name, value, kind in [
+            ("null", b"null", "NoneType"),
+            ("a number", b"1", "int"),
+            ("NaN", b"NaN", "float"),
+            ("true", b"true", "bool"),
+            ("a list", b'["a"]', "list"),
+            ("an object", b'{"a": "b"}', "dict"),
+        ]
+        for field, record in {
+            "chat_rounds[0].content": chat(b'{"role": "human", "content": ?}', BOT),
+            "chat_rounds[1].content": chat(HUMAN, b'{"role": "bot", "content": ?}'),
+            "prompt": b'{"prompt": ?, "answer": "a"}',
+            "answer": b'{"prompt": "q", "answer": ?}',
+            "system": b'{"system": ?, "prompt": "q", "answer": "a"}',
+            "text": b'{"text": ?}',
+        }.items()
+        if (field, name) != ("system", "null")  # which is no system turn
+    },
+    **{
+        f"{field} {name}": (b'{"%s": %s}' % (field.encode(), value), "bad-rounds", f"{field}: is {kind}, not a list")
+        for field in FORMS
+        for name, value, kind in [
+            ("null", b"null", "NoneType"),
+            ("a number", b"1", "int"),
+            ("a string", b'"a"', "str"),
+            ("an object", b"{}", "dict"),
+        ]
+    },
+    "a round that is null": (chat(HUMAN, b"null"), "bad-rounds", "chat_rounds[1]: is NoneType"),
+    "a round that is a list": (chat(b'["human", "q"]', BOT), "bad-rounds", "chat_rounds[0]: is list"),
     "prompt missing": (b'{"answer": "a"}', "missing-content", "prompt: is missing"),
     "answer missing": (b'{"prompt": "q"}', "missing-content", "answer: is missing"),
-    "answer null": (b'{"prompt": "q", "answer": null}', "missing-content", "answer: is NoneType"),
-    "prompt a number": (b'{"prompt": 1, "answer": "a"}', "missing-content", "prompt: is int"),
-    "system a number": (b'{"system": 1, "prompt": "q", "answer": "a"}', "missing-content", "system: is int"),
-    "text null": (b'{"text": null}', "missing-content", "text"),
     "text empty": (b'{"text": ""}', "empty-text", "text"),
     "lone surrogate": (chat(HUMAN, b'{"role": "bot", "content": "a\\ud83d"}'), "not-unicode", "chat_rounds[1].content"),
     "lone surrogate in text": (b'{"text": "\\udc00"}', "not-unicode", "text"),
@@ -154,6 +199,57 @@ BAD = {
     "no bot turn": (chat(SYS, HUMAN), "no-bot-turn", "chat_rounds"),
     "no round at all": (b'{"messages": []}', "no-bot-turn", "messages"),
 }
+
+
+LONG = b"x" * 1_000_000
+NEVER_LONG = {
+    "role": chat(b'{"role": "%s", "content": "q"}' % LONG),
+    "role in a list": chat(b'{"role": ["%s"], "content": "q"}' % LONG),
+    "role nested": chat(b'{"role": ' + b"[" * 500 + b"]" * 500 + b', "content": "q"}'),
+    "key": b'{"%s": 1, "%s": 2}' % (LONG, LONG),
+}
+
+
+@pytest.mark.parametrize("raw", NEVER_LONG.values(), ids=NEVER_LONG.keys())
+def test_a_detail_is_short_however_long_the_value(raw: bytes) -> None:
+    assert len(refusal(raw).detail) < 200
+
+
+def test_a_key_that_stands_twice_among_many_is_found_at_once() -> None:
+    keys = ", ".join(f'"{i}": 1' for i in range(300_000))
+    start = time.perf_counter()
+    assert refusal(f'{{{keys}, "299999": 1}}'.encode()).detail.startswith("'299999'")
+    assert time.perf_counter() - start < 10  # to count every key took minutes
+
+
+@pytest.mark.parametrize("parse", [parse_record, parse_question])
+def test_a_line_of_the_greatest_length_is_read(parse: Callable[[bytes], object]) -> None:
+    raw = b'{"prompt": "q", "answer": "a"}'.ljust(MAX_LINE)
+    assert parse(raw)
+    with pytest.raises(BadRecord, match="is longer than 8 MiB"):
+        parse(raw + b" ")
+
+
+KEPT = {
+    "white space alone": " \n\t",
+    "a NUL": "\0",
+    "line separators": "a\u2028b\u2029c\u0085d\x0b\x0c",
+    "control tokens": "<|endoftext|><|padding|><|role_start|>bot<|role_end|>",
+    "a byte order mark": "\ufeffa",
+    "beyond the basic plane": "\U0001f600",
+}
+
+
+@pytest.mark.parametrize("text", KEPT.values(), ids=KEPT.keys())
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_text_is_text(text: str, ascii_only: bool) -> None:
+    raw = json.dumps({"prompt": text, "answer": text}, ensure_ascii=ascii_only).encode()
+    assert parse_record(raw).turns == (Turn("human", text), Turn("bot", text))
+
+
+@pytest.mark.parametrize("value", [b"NaN", b"Infinity", b"-Infinity", b"1" * 4000, b"1e999", b"-0.0"])
+def test_numbers_that_nothing_reads_are_ignored(value: bytes) -> None:
+    assert parse_record(b'{"id": %s, "prompt": "2+2?", "answer": "4"}' % value).turns == (ASK, REPLY)
 
 
 @pytest.mark.parametrize(("raw", "reason", "names"), BAD.values(), ids=BAD.keys())
@@ -277,6 +373,7 @@ BAD_QUESTION = {
     "no known field": (b'{"question": "q"}', "no-conversation", "prompt"),
     "lone surrogate": (b'{"prompt": "\\ud83d"}', "not-unicode", "prompt: "),
     "cut off": (b'{"prompt": ', "invalid-json", "column"),
+    "array of questions": (b'[{"prompt": "q"}]', "not-an-object", "write one object per line"),
     "key twice": (b'{"prompt": "q", "prompt": "r"}', "duplicate-key", "prompt"),
 }
 

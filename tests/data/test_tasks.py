@@ -62,7 +62,16 @@ def test_two_directories_with_one_name_are_an_error_that_names_both(paths: list[
         find_tasks(paths)
 
 
-@pytest.mark.parametrize("bad", ["a/-x", "a/.x", "a/x:y", "a/x#y", "/", "a/x\n", "a/x*"])
+@pytest.mark.parametrize("paths", [["a/Math", "b/math"], ["STRASSE", "straße"]])
+def test_names_that_a_file_system_may_take_for_one_are_an_error_that_names_both(paths: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        find_tasks(paths)
+    assert f"{paths[0]} and {paths[1]} both name the task" in str(caught.value)
+    assert "but for capitals" in str(caught.value)
+    assert [task.name for task in find_tasks(["Math", "physics"])] == ["Math", "physics"]
+
+
+@pytest.mark.parametrize("bad", ["a/-x", "a/.x", "a/x:y", "a/x#y", "/", "a/x\n", "a/x*", "a/x\0", "a/\udcff"])
 def test_a_name_that_cannot_stand_in_a_tag_is_an_error(bad: str) -> None:
     with pytest.raises(UserError, match=r"^data\.data_paths: .*is no good task name"):
         find_tasks([bad])
