@@ -8,13 +8,17 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.text import Text
 
+from mft_lightning.commands.figures import require_matplotlib
+from mft_lightning.commands.plots import write_plots
 from mft_lightning.commands.report import first_left_out, left_out
 from mft_lightning.data.admission import ADMITTED
+from mft_lightning.data.balance import token_balance
 from mft_lightning.data.chat_encoder import ROLE_END, ROLE_START, Encoded, marker
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.corpus import Corpus, Record
@@ -24,7 +28,7 @@ from mft_lightning.data.tasks import SPLITS
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
-from mft_lightning.screen import Grid, console, json_line, printable, reader_may_leave, say
+from mft_lightning.screen import Grid, console, json_line, labelled, printable, reader_may_leave, say, shown
 
 SUPERVISED, MARKER = "black on green", "cyan"
 DEFAULT_SHOWN = 3  # conversations of each task and split, without --limit and --page
@@ -35,6 +39,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "page": {"type": int | None, "default": None, "help": "This page of the records, from 1."},
     "task": {"type": str | None, "default": None, "help": "Only this task."},
     "split": {"type": str | None, "default": None, "help": "Only records of train, valid or test."},
+    "plots": {"type": str | None, "default": None, "help": "Write pictures of lengths and token balance in here."},
 }
 
 
@@ -92,6 +97,9 @@ def inspect(argv: list[str]) -> None:
     choice = Choice(**{name: config.config[name] for name in ("task", "split", "limit", "page")})
     datamodule = config.datamodule
     choice.check(datamodule)
+    plots = Path(config.config["plots"]).expanduser() if config.config["plots"] else None
+    if plots is not None:
+        require_matplotlib()
     with reader_may_leave():
         if config.config["json"]:
             for record in choice.paged(choice.groups(datamodule)):
@@ -100,9 +108,16 @@ def inspect(argv: list[str]) -> None:
             for corpus in datamodule.load():
                 corpus.refuse()
         else:
-            _print_tables(datamodule, choice)
+            surveys = _print_tables(datamodule, choice)
             _print_conversations(datamodule, choice)
             datamodule.setup()
+            balance = token_balance(datamodule.plan)
+            say("", balance.summary())
+            if plots is not None:
+                lengths = {found.report.task: found.lengths for found in surveys}
+                seq_length = datamodule.policy.seq_length
+                files = write_plots(plots, lengths=lengths, seq_length=seq_length, balance=balance)
+                say(*labelled([("plots", f"{', '.join(shown(file) for file in files)}")]))
 
 
 def as_object(chat_format: ChatFormat, record: Record) -> dict[str, Any]:
@@ -123,13 +138,17 @@ def as_object(chat_format: ChatFormat, record: Record) -> dict[str, Any]:
     return found
 
 
-def _print_tables(datamodule: MFTDataModule, choice: Choice) -> None:
+def _print_tables(datamodule: MFTDataModule, choice: Choice) -> list[TaskSurvey]:
+    """The surveys of the task directories."""
+    told = []
     for number, (corpus, tasks) in enumerate(choice.corpora(datamodule)):
         if number and tasks:
             say("", "validation directories")
-        _say_table([survey(corpus, task, datamodule.chat_format) for task in tasks])
+        told.append([survey(corpus, task, datamodule.chat_format) for task in tasks])
+        _say_table(told[-1])
     say("", "length: tokens of a conversation, those included that are left out or cut as too long")
     say("one string: conversations that would be encoded otherwise if the whole text were tokenised at once")
+    return told[0]
 
 
 def _print_conversations(datamodule: MFTDataModule, choice: Choice) -> None:
