@@ -77,6 +77,10 @@ def test_unicode_line_separators_do_not_end_a_line(tmp_path: Path) -> None:
     assert lines_of(written(tmp_path, raw + b"\n")) == [(1, raw)]
 
 
+def test_a_form_feed_is_no_blank_as_json_knows_none(tmp_path: Path) -> None:
+    assert lines_of(written(tmp_path, b"\x0c\n\x0b1\n")) == [(1, b"\x0c"), (2, b"\x0b1")]
+
+
 @packed
 def test_compressed_files_are_read_like_plain_text(tmp_path: Path, name: str) -> None:
     file = written(tmp_path, PACK[name](CONTENT), name)
@@ -195,9 +199,10 @@ def test_a_broken_compressed_file_is_an_error_that_names_it(tmp_path: Path, name
     assert "damaged or cut off: compress or copy it again" in message
 
 
-def test_a_byte_changed_on_the_way_is_found_by_the_checksum(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [10, 500])  # the kind of the first deflate block, a byte that only the checksum knows
+def test_a_byte_changed_on_the_way_is_found(tmp_path: Path, at: int) -> None:
     whole = bytearray(gzip.compress(os.urandom(1000)))
-    whole[500] ^= 1
+    whole[at] ^= 6
     assert "cannot be read" in refusal(written(tmp_path, bytes(whole), "a.jsonl.gz"))
 
 
