@@ -90,7 +90,7 @@ def read_blocks(file: Path, size: int = 1 << 20) -> Iterator[Block]:
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"{file}: cannot be read ({error.strerror}). Give a file that can.") from error
         raise UserError(
-            f"{file}: cannot be read ({first_line(error)}). It is damaged or cut off: compress or copy it again."
+            f"{file}: cannot be read ({first_line(error)}). Copy or compress it again (zstd: --long=27 at most)."
         ) from error
 
 

@@ -196,7 +196,7 @@ def test_a_broken_compressed_file_is_an_error_that_names_it(tmp_path: Path, name
     }[damage]
     message = refusal(written(tmp_path, broken, name))
     assert message.startswith(f"{tmp_path / name}: cannot be read (")
-    assert "damaged or cut off: compress or copy it again" in message
+    assert "Copy or compress it again" in message
 
 
 @pytest.mark.parametrize("at", [10, 500])  # the kind of the first deflate block, a byte that only the checksum knows
