@@ -26,8 +26,8 @@ def write_plots(directory: Path, *, lengths: Mapping[str, np.ndarray], seq_lengt
     """Write ``lengths.png``, ``balance.png`` and a TensorBoard event file, in place of those of an earlier call.
 
     Other files stay as they are. In TensorBoard are the pictures, the lengths as histograms ``data/length/<task>`` of
-    step 0, and ``data/balance/{lightest,mean,heaviest,deviation}`` over optimizer steps, ``useful`` too if padded. A
-    directory of its own below a run's shows beside the run; in the run's own, a training that starts later hides them.
+    step 0, and ``data/balance/{lightest,mean,heaviest,deviation}`` over optimizer steps, ``useful`` too if padded.
+    They want a directory of their own: in a run's ``tensorboard_dir``, ``fit`` takes them for another run's curves.
 
     Args:
         directory: made if it is missing.
