@@ -3,7 +3,6 @@
 import logging
 import warnings
 
-import lightning.pytorch.cli  # noqa: F401  # so that its loggers are there to be filtered
 import transformers
 
 _WARNINGS = (
@@ -25,7 +24,10 @@ _ANNOUNCEMENTS = (
 
 
 def quieten() -> None:
-    """Leave out Lightning's announcements of what this program says itself, and transformers' bars for files."""
+    """Leave out Lightning's announcements of what this program says itself, and transformers' bars for files.
+
+    Lightning's loggers are those of the modules imported so far; commands that do without it have none to quieten.
+    """
     for name in [
         name for name in logging.root.manager.loggerDict if name.startswith(("lightning", "pytorch_lightning"))
     ]:

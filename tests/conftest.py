@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import lightning.pytorch.cli  # noqa: F401  # so that its loggers are there to be quietened
 import pytest
 import torch
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
@@ -71,6 +70,8 @@ def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[st
     where = f"{key} {directory}: its base {found}" if base is None else f"--base {found}"
     if found.startswith(("/", ".", "~")) and not Path(found).expanduser().is_dir():
         raise UserError(f"{where}: is no directory.")
+    from peft import PeftModel  # here for the start-up time of asking a full model
+
     model = _pretrained(found, where, adapter_dtype(directory))
     try:
         model = PeftModel.from_pretrained(model, str(directory), autocast_adapter_dtype=False)

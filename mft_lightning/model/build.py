@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mft_lightning.errors import NotYetError, UserError, first_line
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
 from mft_lightning.model.settings import LoraSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 LORA_TARGETS = {"gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]}
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -135,6 +137,8 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, base_path: str, 
     Raises:
         UserError: a target that is no layer of the model, or no known targets for its type.
     """
+    from peft import LoraConfig, get_peft_model  # here for the start-up time of a run without adapters
+
     targets = settings.target_modules or LORA_TARGETS.get(model.config.model_type)
     if targets is None:
         raise UserError(f"model.lora.target_modules: not known for {model.config.model_type}; name the linear layers.")
@@ -150,7 +154,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, base_path: str, 
     )
     model.name_or_path = base_path  # what peft writes into the adapter's configuration
     with seeded(seed):
-        return cast(PeftModel, get_peft_model(model, config, autocast_adapter_dtype=False).train())
+        return cast("PeftModel", get_peft_model(model, config, autocast_adapter_dtype=False).train())
 
 
 def saved_path(path: str) -> str:

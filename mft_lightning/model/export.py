@@ -5,23 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mft_lightning.errors import UserError, first_line
+from mft_lightning.model.adapters import has_adapters
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def trained_names(model: nn.Module) -> set[str]:
     """What a checkpoint holds of ``model``: everything, or of a LoRA model what trains."""
-    if isinstance(model, PeftModel):
+    if has_adapters(model):
         return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return set(model.state_dict())
 
@@ -34,7 +37,7 @@ def save_model(model: nn.Module, state: dict[str, Tensor], directory: Path) -> N
         state: tensors by the live model's names.
         directory: an existing folder.
     """
-    if isinstance(model, PeftModel):
+    if has_adapters(model):
         model.save_pretrained(str(directory), state_dict=state, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
         return
@@ -60,7 +63,7 @@ def load_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:
         UserError: the directory holds other weights than the model has.
     """
     try:
-        state = _load_adapter(model, directory) if isinstance(model, PeftModel) else _load_full(directory)
+        state = _load_adapter(model, directory) if has_adapters(model) else _load_full(directory)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{directory}: the weights cannot be loaded ({first_line(error)}).") from error
     live = model.state_dict()
@@ -100,7 +103,7 @@ def describe(model: nn.Module, causal_lm: PreTrainedModel) -> dict[str, Any]:
         settings.pop(key, None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
     adapter = None
-    if isinstance(model, PeftModel):
+    if has_adapters(model):
         lora: Any = model.peft_config["default"]
         adapter = f"r {lora.r}, alpha {lora.lora_alpha:g}, on {', '.join(sorted(lora.target_modules))}"
     return {"model configuration (digest)": digest, "model.lora": adapter, "frozen base (digest)": base_digest(model)}
@@ -108,12 +111,12 @@ def describe(model: nn.Module, causal_lm: PreTrainedModel) -> dict[str, Any]:
 
 def base_digest(model: nn.Module) -> str | None:
     """A digest of the frozen base's bits, None where there is no frozen base (all weights are in the checkpoint)."""
-    if not isinstance(model, PeftModel):
+    if not has_adapters(model):
         return None
     digest = hashlib.sha256()
     for name, tensor in sorted(base_state(model).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)  # the bits, not a copy
     return digest.hexdigest()[:16]
 
 

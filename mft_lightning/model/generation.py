@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mft_lightning.errors import UserError
+from mft_lightning.model.adapters import has_adapters
 
 LEAST_TEMPERATURE = 1e-3  # logits are divided by it; much less makes them infinite
 
@@ -145,7 +145,7 @@ def _answer_within(
 @contextmanager
 def _alone_in_force(config: GenerationConfig, model: Any) -> Iterator[None]:
     """transformers takes whatever ``config`` leaves open from the model's own, peft gives its base its own for good."""
-    holders = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    holders = [model, model.get_base_model()] if has_adapters(model) else [model]
     own = [holder.generation_config for holder in holders]
     try:
         for holder in holders:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mft_lightning.data.collate import MicroBatch
+from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.attention import packed_row_arguments
 
 LOGIT_BUDGET = 512 * 2**20  # bytes of float32 logits that may stand in memory at once
@@ -51,7 +51,7 @@ class SupervisedLM(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model itself, adapters included, without peft's wrapper."""
-        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        inner = self.model.get_base_model() if has_adapters(self.model) else self.model
         return cast(PreTrainedModel, inner)
 
     def forward(self, micro: MicroBatch) -> SupervisedNLL:

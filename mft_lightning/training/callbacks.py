@@ -17,9 +17,9 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from peft import PeftModel
 
 from mft_lightning.errors import UserError
+from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.export import base_state, save_causal_lm
 from mft_lightning.model.module import MFTModule, StepResult
 from mft_lightning.training.checkpoint import CheckpointSettings
@@ -187,7 +187,7 @@ class RandomBase(L.Callback):
         network = module.network
         assert network is not None
         written = (self.directory / "config.json").is_file()
-        if written or not trainer.is_global_zero or not isinstance(network.model, PeftModel):
+        if written or not trainer.is_global_zero or not has_adapters(network.model):
             return
         aside = self.directory.with_name(f".{self.directory.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)

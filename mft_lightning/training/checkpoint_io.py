@@ -6,11 +6,11 @@ import json
 import os
 import pickle
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import peft
 import torch
 import transformers
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -76,7 +76,7 @@ class HFCheckpointIO(CheckpointIO):
                 "torch": torch.__version__,
                 "lightning": L.__version__,
                 "transformers": transformers.__version__,
-                "peft": peft.__version__,
+                "peft": version("peft"),
             },
             **(storage_options or {}),
         }
