@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from mft_lightning.data.admission import RecordPolicy, TaskReport
 from mft_lightning.data.chat_format import ChatFormat
+from mft_lightning.data.corpus import Corpus, Record
 from mft_lightning.data.lines import MAX_LINE
 from mft_lightning.data.tasks import Task, find_tasks
-from mft_lightning.data.token_cache import Record, RecordPolicy, TaskReport, build_tables, encode_records, task_lines
 from mft_lightning.errors import UserError
+from tests.data.tables import loaded
 from tests.data.test_records import BAD, BOM, KEPT
 
 GOOD = b'{"prompt": "q", "answer": "a"}'
@@ -29,18 +31,22 @@ def policy(on_bad_record: Any) -> RecordPolicy:
     return RecordPolicy(seq_length=10_000, on_overlong="drop", on_bad_record=on_bad_record, max_skipped_share=1.0)
 
 
+def corpus(tokenizer: PreTrainedTokenizerBase, task: Task, on_bad_record: str) -> Corpus:
+    cache_dir = task.directory.with_name("cache")
+    return loaded([task], (1.0, 0.0, 0.0), ChatFormat(tokenizer), policy(on_bad_record), cache_dir)
+
+
 def encoded(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Record]:
-    return list(encode_records(task_lines(task), ChatFormat(tokenizer), policy("skip")))
+    found = corpus(tokenizer, task, "skip")
+    return [found.record(number) for number in range(len(found.codes))]
 
 
 def built(tokenizer: PreTrainedTokenizerBase, task: Task, on_bad_record: str) -> TaskReport:
-    _, (report,) = build_tables([task], (1.0, 0.0, 0.0), ChatFormat(tokenizer), policy(on_bad_record), 42)
-    return report
+    return corpus(tokenizer, task, on_bad_record).reports[0]
 
 
 def answer_of(tokenizer: PreTrainedTokenizerBase, record: Record) -> str:
-    assert record.encoded is not None
-    pairs = zip(record.encoded.input_ids, record.encoded.supervised, strict=True)
+    pairs = zip(record.input_ids, record.encoded.supervised, strict=True)
     *answer, eos = [token for token, supervised in pairs if supervised]
     assert eos == tokenizer.eos_token_id and not {eos, tokenizer.pad_token_id} & set(answer)
     return ChatFormat(tokenizer).decode(answer)
@@ -56,9 +62,9 @@ def test_a_bad_line_is_told_by_file_line_field_and_reason(
     task = task_of(tmp_path, b"\n" + GOOD + b"\r\n" + raw + b"\n" + GOOD)
     where = f"{task.directory / 'part.jsonl'}:3"
     first, bad, last = encoded(small_tokenizer, task)
-    assert (bad.reason, bad.bad, bad.where, bad.conversation) == (reason, True, where, None)
-    assert names in bad.detail
-    assert (first.reason, first.line.number, last.reason, last.line.number) == (None, 2, None, 4)
+    assert (bad.reason, f"{bad.file}:{bad.line}", bad.input_ids, bad.spans) == (reason, where, [], [])
+    assert bad.detail is not None and names in bad.detail
+    assert (first.reason, first.line, last.reason, last.line) == (None, 2, None, 4)
     report = built(small_tokenizer, task, "skip")
     assert (report.records, report.bad, report.conversations["train"]) == (3, 1, 2)
     assert report.dropped == {reason: 1} and report.first_of == {reason: f"{where} {bad.detail}"}
@@ -155,7 +161,7 @@ def test_what_editors_leave_around_a_line_is_no_fault(
     small_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, content: bytes, numbers: list[int]
 ) -> None:
     records = encoded(small_tokenizer, task_of(tmp_path, content))
-    assert [(record.line.number, record.reason) for record in records] == [(number, None) for number in numbers]
+    assert [(record.line, record.reason) for record in records] == [(number, None) for number in numbers]
     assert [answer_of(small_tokenizer, record) for record in records] == ["a"] * len(numbers)
 
 
