@@ -13,12 +13,12 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from mft_lightning.commands.outcome import run_summary, task_results
-from mft_lightning.commands.report import run_plan
+from mft_lightning.commands.report import SKIPPED, run_plan
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
-from mft_lightning.screen import duration, say
+from mft_lightning.screen import duration, json_line, say
 from mft_lightning.training.callbacks import GracefulStop
 from mft_lightning.training.checkpoint import SUPERSEDED
 from mft_lightning.training.checkpoint_dirs import (
@@ -35,7 +35,7 @@ from mft_lightning.training.trainer import fit_trainer, refuse_several_ranks
 
 
 class WriteConfig(L.Callback):
-    """Writes the run's keys to ``config.yaml`` when training starts."""
+    """Writes the run's keys to ``config.yaml``, and bad records to ``skipped.jsonl``, when training starts."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -44,6 +44,19 @@ class WriteConfig(L.Callback):
         if trainer.is_global_zero:
             self.config.output_dir.mkdir(parents=True, exist_ok=True)
             self.config.save(self.config.output_dir / "config.yaml")
+            _write_skipped(self.config.datamodule, self.config.output_dir / SKIPPED)
+
+
+def _write_skipped(datamodule: MFTDataModule, file: Path) -> None:
+    """Every bad record that was skipped, a JSON line each; no file where there is none."""
+    file.unlink(missing_ok=True)
+    if not any(report.bad for corpus in datamodule.corpora for report in corpus.reports):
+        return
+    aside = file.with_name(f".{file.name}.tmp")
+    with aside.open("w", encoding="utf-8") as handle:
+        for corpus in datamodule.corpora:
+            handle.writelines(f"{json_line(record)}\n" for record in corpus.skipped())
+    aside.replace(file)
 
 
 def fit(argv: list[str]) -> None:
@@ -177,7 +190,7 @@ def _resumed(config: RunConfig) -> CheckpointInfo | None:
 
 def _holds_run(directory: Path) -> bool:
     return bool(find_checkpoints(directory)) or any(
-        (directory / name).exists() for name in ("config.yaml", "metrics.csv", "runs", "base")
+        (directory / name).exists() for name in ("config.yaml", "metrics.csv", SKIPPED, "runs", "base")
     )
 
 

@@ -17,6 +17,7 @@ from mft_lightning.screen import Grid, labelled, shown
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo
 
 Lines = list[str | Text | Grid]
+SKIPPED = "skipped.jsonl"  # in the output directory: all bad records that were left out
 
 
 def run_plan(
@@ -60,6 +61,8 @@ def run_plan(
             ]
         ),
     ]
+    if bad := sum(report.bad for report in [*datamodule.reports, *datamodule.valid_reports]):
+        lines.append(f"note: {bad:,} bad record(s) are left out, each with its reason in {shown(output_dir / SKIPPED)}")
     if optim.num_warmup_steps >= total_steps:
         lines.append(
             f"note: model.num_warmup_steps ({optim.num_warmup_steps}) reaches the last step; the rate never decays."

@@ -13,7 +13,7 @@ from mft_lightning.data.balance import token_balance
 from mft_lightning.data.collate import collate
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.plan import Plan
-from mft_lightning.data.token_cache import TokenTable
+from tests.data.tables import masked, table_of
 
 
 def plan(lengths: list[int], *, total: int, per_device: int, packed: bool = True) -> Plan:
@@ -77,9 +77,7 @@ def test_tokens_are_those_that_the_collation_lays_out(
 ) -> None:
     made = plan(lengths, total=total, per_device=per_device, packed=packed)
     found = token_balance(made, world)
-    offsets = np.concatenate([[0], np.cumsum(made.lengths)])
-    ids, ones = np.zeros(offsets[-1], dtype=np.uint16), np.ones(offsets[-1], dtype=bool)
-    table = TokenTable(ids, ones, offsets, np.zeros(len(lengths), dtype=np.int64), made.lengths)
+    table = table_of([(0, masked([0] * length, [1] * length)) for length in lengths])
     for step in range(made.steps_per_epoch):
         batch = made.global_batch(0, step)
         dealt = [micro for rank in range(world) for micro in made.deal(batch, rank, world)]
