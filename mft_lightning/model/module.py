@@ -122,7 +122,8 @@ class MFTModule(L.LightningModule):
         if weighted_loss_mode not in STATIC_MODES or coba != CobaSettings():
             raise NotYetError("model.weighted_loss_mode", "coba", f"Use one of {', '.join(STATIC_MODES)}.")
         if attn_implementation == "flex_attention":
-            raise NotYetError("model.attn_implementation", "flex_attention", "Use sdpa or eager.")
+            why = "It has no backward pass on the CPU, and was not yet run on a GPU. Use sdpa or eager."
+            raise NotYetError("model.attn_implementation", "flex_attention", why)
         if attn_implementation == "flash_attention_2" and not torch.cuda.is_available():
             raise UserError("model.attn_implementation: flash_attention_2 needs a CUDA GPU. Use sdpa.")
         if pad_vocab_to_multiple_of is not None and pad_vocab_to_multiple_of < 1:

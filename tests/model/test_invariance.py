@@ -119,6 +119,19 @@ def test_gradient_equals_a_plain_loop_at_every_micro_batch(
         assert float(module.last_step.loss) == pytest.approx(expected_loss, rel=1e-5), size
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_gradients_equal_padded_ones_with_every_attention(
+    tiny_model: Path, example_tasks: list[str], tmp_path: Path, attention: str
+) -> None:
+    found = {}
+    for padding_mode in ("padding", "pack"):
+        datamodule = make(tiny_model, example_tasks, "case3", padding_mode=padding_mode, per_device_train_batch_size=8)
+        found[padding_mode], module = one_step(tiny_model, datamodule, "case3", tmp_path, attn_implementation=attention)
+        assert module.network.causal_lm.config.use_cache is True  # the model's default
+        found[padding_mode]["loss"] = module.last_step.loss
+    assert distance(found["pack"], found["padding"]) < 1e-5
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_lora_gradient_is_the_same_in_every_layout(
     tiny_model: Path, example_tasks: list[str], tmp_path: Path, mode: str
