@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from mft_lightning.data.admission import RecordPolicy, TaskReport
+from mft_lightning.data.batch_sizes import derive_batch_sizes
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.collate import MicroBatch
 from mft_lightning.data.corpus import Corpus, load_corpus
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
-from mft_lightning.data.plan import Plan, deal_evaluation, derive_batch_sizes, limit_per_task
+from mft_lightning.data.plan import Plan, deal_evaluation, limit_per_task
 from mft_lightning.data.tasks import SPLITS, Task, find_tasks, parse_shares, parse_task_weights
 from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_cache_dir
 from mft_lightning.data.token_table import TokenTable
