@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mft_lightning.data.admission import TaskReport
 from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.data.sampling import TaskDraws
 from mft_lightning.model.build import count_parameters
 from mft_lightning.model.module import MFTModule
 from mft_lightning.screen import Grid, labelled, shown
@@ -30,10 +31,9 @@ def run_plan(
     resumed: CheckpointInfo | None,
 ) -> Lines:
     """Tasks, steps, parameters and layout of a run that is about to start."""
-    sizes, plan, optim = datamodule.batch_sizes, datamodule.plan, module.optim
+    plan, optim = datamodule.plan, module.optim
     assert module.network is not None
     trainable, total = count_parameters(module.network)
-    rows = "packed end to end" if datamodule.packed else "padded rows"
     rate = f"{optim.lr_scheduler_type} rate {optim.learning_rate:g}"
     if not optim.lr_scheduler_type.startswith("constant"):
         rate += f" to {optim.min_lr:g}"
@@ -46,11 +46,8 @@ def run_plan(
             [
                 ("model", f"{shown(Path(module.source.path))} ({module.source.init}), {module.peft_type or 'full'}"),
                 ("parameters", f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.2%})"),
-                (
-                    "batch",
-                    f"{sizes.total} conversations a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}, "
-                    f"{rows}, up to {datamodule.policy.seq_length} tokens each",
-                ),
+                ("batch", batch_line(datamodule)),
+                *([("sampling", sampling_line(plan.draws, datamodule.task_names))] if plan.draws else []),
                 ("loss", module.weighted_loss_mode),
                 (
                     "steps",
@@ -74,6 +71,32 @@ def run_plan(
 
 def _fast_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def batch_line(datamodule: MFTDataModule) -> str:
+    """What a step holds, and the micro-batches it is cut into."""
+    sizes, plan = datamodule.batch_sizes, datamodule.plan
+    if sizes.tokens is None:
+        said = f"{sizes.total} conversations a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}"
+    else:
+        mean = len(plan.lengths) / plan.steps_per_epoch
+        said = f"up to {sizes.tokens:,} tokens a step, {mean:.1f} conversations on average, in "
+        if sizes.per_device is None:
+            said += f"{sizes.accumulation} micro-batch(es)"
+        else:
+            said += f"micro-batches of {sizes.per_device}"
+    rows = "packed end to end" if datamodule.packed else "padded rows"
+    return f"{said}, {rows}, up to {datamodule.policy.seq_length} tokens each"
+
+
+def sampling_line(draws: TaskDraws, names: Sequence[str]) -> str:
+    """Each task's share of the draws, and how often an epoch sees each of its conversations."""
+    total = sum(draws.per_epoch)
+    parts = [
+        f"{name} {drawn / total:.1%} ({drawn / len(members):.2f} times an epoch)"
+        for name, drawn, members in zip(names, draws.per_epoch, draws.members, strict=True)
+    ]
+    return ", ".join(parts)
 
 
 def task_table(reports: Sequence[TaskReport]) -> Lines:

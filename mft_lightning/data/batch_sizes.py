@@ -1,4 +1,4 @@
-"""How many conversations make an optimizer step and a micro-batch: what is given, and what follows from it."""
+"""How much makes an optimizer step and a micro-batch: what is given, and what follows from it."""
 
 from __future__ import annotations
 
@@ -12,29 +12,49 @@ DEFAULT_TOTAL, DEFAULT_PER_DEVICE = 32, 8
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Conversations of one optimizer step (``total``), of one micro-batch, and micro-batches per device and step."""
+    """What one optimizer step and one micro-batch hold.
 
-    total: int
-    per_device: int
-    accumulation: int
+    Attributes:
+        total: conversations of a step; None where tokens are counted.
+        per_device: conversations of a micro-batch; None where steps of so many tokens go to ``accumulation`` of them.
+        accumulation: micro-batches per device and step; None where it follows from the conversations of each step.
+        tokens: most tokens of a step; None where conversations are counted.
+    """
+
+    total: int | None
+    per_device: int | None
+    accumulation: int | None
+    tokens: int | None = None
+
+    def micro_batches(self, conversations: int, world: int) -> int:
+        """Micro-batches that each of ``world`` ranks gets of a step of so many conversations."""
+        if self.per_device is None:
+            assert self.accumulation is not None
+            return self.accumulation
+        return ceil(conversations / (world * self.per_device))
 
 
 def derive_batch_sizes(
-    total: int | None, per_device: int | None, accumulation: int | None, devices: int = 1
+    total: int | None, per_device: int | None, accumulation: int | None, devices: int = 1, tokens: int | None = None
 ) -> BatchSizes:
     """Fill in what is not given: total and per device give the accumulation, per device and accumulation the total.
 
+    With ``tokens`` the conversations of a step vary: either the micro-batch is given or the number of micro-batches.
+
     Raises:
-        UserError: a number below 1, or three numbers that contradict each other.
+        UserError: a number below 1, or numbers that contradict each other.
     """
     given = {
         "data.total_train_batch_size": total,
         "data.per_device_train_batch_size": per_device,
         "data.gradient_accumulation_steps": accumulation,
+        "data.total_train_batch_tokens": tokens,
     }
     for key, value in given.items():
         if value is not None and value < 1:
             raise UserError(f"{key}: {value} is less than 1.")
+    if tokens is not None:
+        return _token_batches(tokens, total, per_device, accumulation)
     if per_device is None and accumulation is None:
         total = total or DEFAULT_TOTAL
     if per_device is None and total is not None and accumulation is not None:
@@ -56,3 +76,20 @@ def derive_batch_sizes(
             "Leave one of the three out."
         )
     return BatchSizes(total, per_device, expected)
+
+
+def _token_batches(tokens: int, total: int | None, per_device: int | None, accumulation: int | None) -> BatchSizes:
+    if total is not None:
+        raise UserError(
+            f"data.total_train_batch_tokens: {tokens} and data.total_train_batch_size: {total} both say how much a "
+            "step holds. Leave one of them out."
+        )
+    if per_device is not None and accumulation is not None:
+        raise UserError(
+            f"data.total_train_batch_tokens: {tokens} leaves the conversations of a step open, but "
+            f"data.per_device_train_batch_size: {per_device} and data.gradient_accumulation_steps: {accumulation} "
+            "fix them. Leave one of the three out."
+        )
+    if accumulation is None:
+        per_device = per_device or DEFAULT_PER_DEVICE
+    return BatchSizes(None, per_device, accumulation, tokens)

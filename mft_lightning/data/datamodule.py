@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from mft_lightning.data.admission import RecordPolicy, TaskReport
-from mft_lightning.data.batch_sizes import derive_batch_sizes
+from mft_lightning.data.batch_sizes import DEFAULT_PER_DEVICE, derive_batch_sizes
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.collate import MicroBatch
 from mft_lightning.data.corpus import Corpus, load_corpus
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
 from mft_lightning.data.plan import Plan, deal_evaluation, limit_per_task
+from mft_lightning.data.sampling import parse_task_sampling
 from mft_lightning.data.tasks import SPLITS, Task, find_tasks, parse_shares, parse_task_weights
 from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_cache_dir
 from mft_lightning.data.token_table import TokenTable
@@ -48,9 +49,11 @@ class MFTDataModule(L.LightningDataModule):
         per_device_train_batch_size: conversations of one micro-batch: at most when padded, on average when packed.
         gradient_accumulation_steps: micro-batches per device and optimizer step.
         per_device_valid_batch_size: conversations of a validation micro-batch. Default: as in training.
-        total_train_batch_tokens: not supported yet.
+        total_train_batch_tokens: most tokens of one optimizer step over all devices, instead of conversations. A longer
+            conversation stands alone.
         task_weights: loss weight of each task (case3 and case4), a mapping by name or a list; scaled to mean 1.
-        task_sampling: "proportional": every conversation once an epoch. Rates and temperature: not supported yet.
+        task_sampling: "proportional": every conversation once an epoch. {temperature: T}: a task of n conversations is
+            drawn in proportion to n^(1/T). Or a rate for each task, a mapping by name or a list.
         num_workers: loader processes. Default: from the cores there are, at most 4.
         preprocessing_num_workers: processes that tokenise. Default: from the cores there are.
         cache_dir: where token ids are kept between runs. Default: mft_lightning/tokens in the user's cache.
@@ -84,7 +87,7 @@ class MFTDataModule(L.LightningDataModule):
         per_device_valid_batch_size: int | None = None,
         total_train_batch_tokens: int | None = None,
         task_weights: dict[str, float] | list[float] | None = None,
-        task_sampling: Any = "proportional",
+        task_sampling: dict[str, float] | list[float] | str = "proportional",
         num_workers: int | None = None,
         preprocessing_num_workers: int | None = None,
         cache_dir: str | None = None,
@@ -101,12 +104,6 @@ class MFTDataModule(L.LightningDataModule):
         super().__init__()
         _refuse_not_yet(
             {
-                "total_train_batch_tokens": (
-                    total_train_batch_tokens,
-                    total_train_batch_tokens is not None,
-                    "Use data.total_train_batch_size.",
-                ),
-                "task_sampling": (task_sampling, task_sampling != "proportional", "Use proportional."),
                 "role_tokens": (role_tokens, role_tokens == "added", "Use text."),
             }
         )
@@ -133,6 +130,7 @@ class MFTDataModule(L.LightningDataModule):
         self.valid_tasks = _aligned(valid_data_paths, self.tasks)
         self.shares = parse_shares(data_split or ("100,0,0" if self.valid_tasks else DEFAULT_SPLIT))
         self.task_weights = parse_task_weights(task_weights, self.task_names)
+        self.task_sampling = parse_task_sampling(task_sampling, self.task_names)
         self.policy = RecordPolicy(
             seq_length=seq_length,
             on_overlong=on_overlong,
@@ -142,9 +140,12 @@ class MFTDataModule(L.LightningDataModule):
         )
         self.packed = padding_mode == "pack"
         self.batch_sizes = derive_batch_sizes(
-            total_train_batch_size, per_device_train_batch_size, gradient_accumulation_steps
+            total_train_batch_size,
+            per_device_train_batch_size,
+            gradient_accumulation_steps,
+            tokens=total_train_batch_tokens,
         )
-        self.valid_batch_size = per_device_valid_batch_size or self.batch_sizes.per_device
+        self.valid_batch_size = per_device_valid_batch_size or self.batch_sizes.per_device or DEFAULT_PER_DEVICE
         self.num_workers = max(0, min(4, _cores() // 2 - 1)) if num_workers is None else num_workers
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
@@ -243,15 +244,20 @@ class MFTDataModule(L.LightningDataModule):
                 "data.valid_data_paths, or be left out by evaluation.strategy: none."
             )
 
-    @property
+    @cached_property
     def plan(self) -> Plan:
-        """The plan of the training split."""
+        """The plan of the training split.
+
+        Raises:
+            UserError: a sampling rate at which an epoch sees nothing of a task.
+        """
+        table = self.table("train")
         return Plan(
-            lengths=self.table("train").lengths,
-            total=self.batch_sizes.total,
-            per_device=self.batch_sizes.per_device,
+            lengths=table.lengths,
+            sizes=self.batch_sizes,
             packed=self.packed,
             seed=self.seed,
+            draws=self.task_sampling.draws(table.tasks, self.task_names, self.seed),
         )
 
     @cached_property
@@ -261,6 +267,8 @@ class MFTDataModule(L.LightningDataModule):
         return {
             "data.data_paths (tasks)": self.task_names,
             "data.total_train_batch_size": self.batch_sizes.total,
+            "data.total_train_batch_tokens": self.batch_sizes.tokens,
+            "data.task_sampling": self.task_sampling.setting,
             "seed_everything": self.seed,
             "training conversations": len(table),
             "training tokens (digest)": table.digest,

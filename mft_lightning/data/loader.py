@@ -71,7 +71,8 @@ class TrainLoader(DataLoader[StepBatch]):
     """
 
     def __init__(self, steps: TrainSteps, num_workers: int) -> None:
-        self.cursor = Cursor(steps.plan.steps_per_epoch)
+        self.plan = steps.plan
+        self.cursor = Cursor(self.plan.steps_per_epoch)
         super().__init__(
             steps,
             sampler=self.cursor,
@@ -81,6 +82,7 @@ class TrainLoader(DataLoader[StepBatch]):
         )
 
     def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]  # DataLoader names its private iterator
+        self.plan.epoch(self.cursor.epoch)  # before the workers are forked, which then need not form it each for itself
         for batch in super().__iter__():
             # Before the yield: Lightning never exhausts the iterator of a loader that has a length.
             self.cursor.advance()

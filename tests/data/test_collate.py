@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mft_lightning.data.batch_sizes import BatchSizes
 from mft_lightning.data.chat_encoder import Encoded
 from mft_lightning.data.collate import MicroBatch, StepBatch, collate, collate_step
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
@@ -158,7 +159,7 @@ def test_every_rank_knows_the_counts_of_the_whole_step(
     rows: list[tuple[int, Encoded]], packed: bool, total: int, per_device: int, world: int
 ) -> None:
     table = table_of(rows)
-    plan = Plan(lengths=table.lengths, total=total, per_device=per_device, packed=packed, seed=7)
+    plan = Plan(lengths=table.lengths, sizes=BatchSizes(total, per_device, None), packed=packed, seed=7)
     ranks = [TrainSteps(table, plan, tasks=TASKS, pad_id=PAD, rank=rank, world=world) for rank in range(world)]
     for step in range(plan.steps_per_epoch):
         batch = [rows[index] for index in plan.global_batch(0, step)]
@@ -195,7 +196,7 @@ EPOCHS = 3
 
 def loader(workers: int = 0, packed: bool = True) -> TrainLoader:
     table = some_table()
-    plan = Plan(lengths=table.lengths, total=4, per_device=2, packed=packed, seed=7)
+    plan = Plan(lengths=table.lengths, sizes=BatchSizes(4, 2, 2), packed=packed, seed=7)
     return TrainLoader(TrainSteps(table, plan, tasks=TASKS, pad_id=PAD), workers)
 
 

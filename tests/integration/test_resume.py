@@ -99,6 +99,14 @@ def test_last_without_a_checkpoint_starts_at_zero_and_says_so(
     ("words", "message"),
     [
         (("--data.total_train_batch_size", "32"), "data.total_train_batch_size was 16, is 32"),
+        (
+            ("--data.task_sampling", "{temperature: 2}"),
+            "data.task_sampling was 'proportional', is {'temperature': 2.0}",
+        ),
+        (
+            ("--data.total_train_batch_size", "null", "--data.total_train_batch_tokens", "999"),
+            "batch_tokens was None, is",
+        ),
         (("--seed_everything", "7"), "seed_everything was 42, is 7"),
         (("--data.seq_length", "125"), "training conversations was"),
         (("--model.peft_type", "lora"), "holds no adapter"),

@@ -61,7 +61,37 @@ def test_the_start(fit: Callable[..., Path], tmp_path: Path, capsys: pytest.Capt
     assert "16 conversations a step = 2 micro-batch(es) of 8" in said["batch"] and "130 tokens" in said["batch"]
     assert said["steps"].startswith("2 (") and "warm-up 2" in said["steps"] and "cosine" in said["steps"]
     assert said["device"] == "1 x cpu, precision 32-true" and said["output"] == str(tmp_path / "run")
-    assert said["loss"] == "case3"
+    assert said["loss"] == "case3" and "sampling" not in said
+
+
+def test_the_start_of_a_run_by_tokens_at_rates(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokens = ("--data.total_train_batch_size", "null", "--data.total_train_batch_tokens", "2000")
+    rates = ("--data.task_sampling", "{text_to_code: 1, code_explanation: 2, unit_tests: 1}")
+    fit(tmp_path / "run", *tokens, *rates, "--trainer.max_steps", "2")
+    said = labels(capsys.readouterr().out)
+    assert re.match(
+        r"up to 2,000 tokens a step, \d\d\.\d conversations on average, in micro-batches of 8, ", said["batch"]
+    )
+    assert said["sampling"].split(", ")[0] == "text_to_code 25.0% (0.52 times an epoch)"
+    assert "code_explanation 50.0% (1.55 times an epoch)" in said["sampling"]
+    again = ("--ckpt_path", "last", "--data.padding_mode", "padding")
+    again += ("--data.per_device_train_batch_size", "null", "--data.gradient_accumulation_steps", "2")
+    fit(tmp_path / "run", *tokens, *rates, *again, "--trainer.max_steps", "4")
+    said = labels(capsys.readouterr().out)
+    assert ", in 2 micro-batch(es), padded rows" in said["batch"] and "step-00000002" in said["output"]
+
+
+def test_sampling_from_a_file_is_kept_in_the_file_that_is_written(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "mixed.yaml"
+    config.write_text("data:\n  task_sampling: {temperature: 2}\n")
+    run = fit(tmp_path / "run", "--config", str(config), "--trainer.max_steps", "1")
+    first = labels(capsys.readouterr().out)["sampling"]
+    fit(tmp_path / "again", "--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "again"))
+    assert labels(capsys.readouterr().out)["sampling"] == first and "times an epoch" in first
 
 
 def test_plain_lines_tell_the_time_left(
