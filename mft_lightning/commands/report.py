@@ -75,17 +75,18 @@ def _fast_bfloat16() -> bool:
 
 def batch_line(datamodule: MFTDataModule) -> str:
     """What a step holds, and the micro-batches it is cut into."""
-    sizes, plan = datamodule.batch_sizes, datamodule.plan
+    sizes, plan, concat = datamodule.batch_sizes, datamodule.plan, datamodule.policy.concat
+    unit = "rows" if concat else "conversations"
     if sizes.tokens is None:
-        said = f"{sizes.total} conversations a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}"
+        said = f"{sizes.total} {unit} a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}"
     else:
         mean = len(plan.lengths) / plan.steps_per_epoch
-        said = f"up to {sizes.tokens:,} tokens a step, {mean:.1f} conversations on average, in "
+        said = f"up to {sizes.tokens:,} tokens a step, {mean:.1f} {unit} on average, in "
         if sizes.per_device is None:
             said += f"{sizes.accumulation} micro-batch(es)"
         else:
             said += f"micro-batches of {sizes.per_device}"
-    rows = "packed end to end" if datamodule.packed else "padded rows"
+    rows = "packed end to end" if datamodule.packed else "cut from each task's stream" if concat else "padded rows"
     return f"{said}, {rows}, up to {datamodule.policy.seq_length} tokens each"
 
 

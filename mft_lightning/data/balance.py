@@ -84,7 +84,7 @@ def token_balance(plan: Plan, world: int = 1, steps: int = DEFAULT_STEPS) -> Bal
     batches = [plan.global_batch(0, step) for step in range(min(steps, plan.steps_per_epoch))]
     computed, useful, idle = [], [], []
     for batch in batches:
-        micros = [plan.lengths[micro] for rank in range(world) for micro in plan.deal(batch, rank, world)]
+        micros = [plan.lengths[micro] for micro in plan.deal_to_all(batch, world)]
         tokens = np.array([_computed(lengths, plan.packed) for lengths in micros], dtype=np.int64)
         computed.append(tokens)
         useful.append(int(plan.lengths[batch].sum()) / max(1, int(tokens.sum())))

@@ -20,7 +20,13 @@ from mft_lightning.data.corpus import Corpus, load_corpus
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
 from mft_lightning.data.plan import Plan, deal_evaluation, limit_per_task
 from mft_lightning.data.sampling import parse_task_sampling
-from mft_lightning.data.tasks import SPLITS, Task, find_tasks, parse_shares, parse_task_weights
+from mft_lightning.data.tasks import (
+    SPLITS,
+    find_tasks,
+    find_validation_tasks,
+    parse_shares,
+    parse_task_weights,
+)
 from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_cache_dir
 from mft_lightning.data.token_table import TokenTable
 from mft_lightning.data.tokenizer import load_tokenizer
@@ -102,11 +108,8 @@ class MFTDataModule(L.LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
-        _refuse_not_yet(
-            {
-                "role_tokens": (role_tokens, role_tokens == "added", "Use text."),
-            }
-        )
+        if role_tokens == "added":
+            raise NotYetError("data.role_tokens", role_tokens, "Use text.")
         if seq_length < 2:
             raise UserError(f"data.seq_length: {seq_length} leaves no token to predict. Give at least 2.")
         if valid_data_paths is not None and data_split is not None:
@@ -127,7 +130,7 @@ class MFTDataModule(L.LightningDataModule):
                 "data.tokenize_mode: pretrain; use pack or padding."
             )
         self.tasks = find_tasks(data_paths)
-        self.valid_tasks = _aligned(valid_data_paths, self.tasks)
+        self.valid_tasks = find_validation_tasks(valid_data_paths, self.task_names)
         self.shares = parse_shares(data_split or ("100,0,0" if self.valid_tasks else DEFAULT_SPLIT))
         self.task_weights = parse_task_weights(task_weights, self.task_names)
         self.task_sampling = parse_task_sampling(task_sampling, self.task_names)
@@ -315,20 +318,3 @@ class MFTDataModule(L.LightningDataModule):
 def _cores() -> int:
     """Of this machine that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _aligned(paths: list[str] | str | None, tasks: list[Task]) -> list[Task]:
-    """The validation tasks, each named as a training task."""
-    if paths is None:
-        return []
-    found = find_tasks(paths, "data.valid_data_paths")
-    names = [task.name for task in tasks]
-    if unknown := [task.name for task in found if task.name not in names]:
-        raise UserError(f"data.valid_data_paths: {', '.join(unknown)} is none of the tasks {', '.join(names)}.")
-    return found
-
-
-def _refuse_not_yet(settings: dict[str, tuple[Any, bool, str]]) -> None:
-    for key, (value, refused, instead) in settings.items():
-        if refused:
-            raise NotYetError(f"data.{key}", value, instead)

@@ -66,6 +66,20 @@ def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list
     return list(tasks.values())
 
 
+def find_validation_tasks(paths: Sequence[str] | str | None, names: Sequence[str]) -> list[Task]:
+    """The separate validation directories, if there are such, each named as one of the tasks.
+
+    Raises:
+        UserError: a directory that is named as none of them.
+    """
+    if paths is None:
+        return []
+    found = find_tasks(paths, "data.valid_data_paths")
+    if unknown := [task.name for task in found if task.name not in names]:
+        raise UserError(f"data.valid_data_paths: {', '.join(unknown)} is none of the tasks {', '.join(names)}.")
+    return found
+
+
 def parse_shares(data_split: str) -> tuple[float, float, float]:
     """``"95,5,0"`` as shares of train, valid and test that sum to 1.
 

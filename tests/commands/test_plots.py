@@ -18,15 +18,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mft_lightning.commands.figures import BLUE, VERMILLION, balance_figure, lengths_figure
 from mft_lightning.commands.plots import write_plots
 from mft_lightning.data.balance import Balance, token_balance
+from mft_lightning.data.batch_sizes import BatchSizes
 from mft_lightning.data.plan import Plan
 from mft_lightning.errors import UserError
 
 RANDOM = np.random.default_rng(0)
 LENGTHS = RANDOM.integers(20, 900, 203)
+SIZES = BatchSizes(16, 4, None)
 
 
 def balance(count: int = 203, **changed: object) -> Balance:
-    settings = {"lengths": LENGTHS[:count], "total": 16, "per_device": 4, "packed": True, "seed": 1} | changed
+    settings = {"lengths": LENGTHS[:count], "sizes": SIZES, "packed": True, "seed": 1} | changed
     return token_balance(Plan(**settings))
 
 
@@ -123,7 +125,7 @@ def test_the_balance_figure_holds_the_numbers_of_the_balance() -> None:
 
 def test_the_title_tells_how_many_steps_are_seen() -> None:
     told = [
-        balance_figure(token_balance(Plan(lengths=LENGTHS, total=16, per_device=4, packed=packed, seed=1), 2, steps))
+        balance_figure(token_balance(Plan(lengths=LENGTHS, sizes=SIZES, packed=packed, seed=1), 2, steps))
         .texts[1]
         .get_text()
         for packed, steps in ((True, 300), (False, 4))
@@ -137,10 +139,10 @@ def test_the_title_tells_how_many_steps_are_seen() -> None:
     [
         balance(1),
         balance(0),
-        balance(total=1),
+        balance(sizes=BatchSizes(1, 4, None)),
         balance(16),
         balance(lengths=np.full(99, 7)),
-        balance(lengths=np.full(5000, 7), total=8, packed=False),
+        balance(lengths=np.full(5000, 7), sizes=BatchSizes(8, 4, None), packed=False),
     ],
 )
 def test_any_balance_is_drawn(made: Balance) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mft_lightning.data.balance import token_balance
+from mft_lightning.data.batch_sizes import BatchSizes
 from mft_lightning.data.collate import collate
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.plan import Plan
@@ -17,7 +18,8 @@ from tests.data.tables import masked, table_of
 
 
 def plan(lengths: list[int], *, total: int, per_device: int, packed: bool = True) -> Plan:
-    return Plan(lengths=np.array(lengths, dtype=np.int64), total=total, per_device=per_device, packed=packed, seed=3)
+    sizes = BatchSizes(total, per_device, None)
+    return Plan(lengths=np.array(lengths, dtype=np.int64), sizes=sizes, packed=packed, seed=3)
 
 
 def test_packed_by_hand() -> None:
