@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from reprlib import Repr
 from typing import Any, Literal
@@ -19,6 +20,7 @@ ROLE_ALIASES: dict[str, Role] = {
 }
 _SHORT = Repr()  # a value of the record in a message: it may be as long as a line
 _SHORT.maxstring = 60
+_STRANGE = {"\0": "a NUL, as in UTF-16,", "\ufeff": "a BOM (byte order mark)"}  # where JSON would have a value
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,11 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
         raise BadRecord("line-too-long", f"is longer than {MAX_LINE >> 20} MiB")
     hint = "; it looks like a JSON array: write one object per line" if raw.startswith(b"[") else ""
     try:
-        record = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        record = _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRecord("not-utf8", f"is not UTF-8 (byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
-        what = "a NUL, as in UTF-16," if error.doc[error.pos : error.pos + 1] == "\0" else error.msg
+        what = _STRANGE.get(error.doc[error.pos : error.pos + 1], error.msg)
         raise BadRecord("invalid-json", f"is not valid JSON ({what} at column {error.colno}){hint}") from error
     except ValueError as error:  # a number with more digits than Python converts
         raise BadRecord("invalid-json", f"is not valid JSON ({error})") from error
@@ -140,12 +142,14 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in record:
-            raise BadRecord("duplicate-key", f"{_SHORT.repr(key)}: stands twice in one object")
-        record[key] = value
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise BadRecord("duplicate-key", f"{_SHORT.repr(twice)}: stands twice in one object")
     return record
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)  # json.loads would make one for every line
 
 
 def _text(record: dict[str, Any], field: str, where: str = "") -> str:
