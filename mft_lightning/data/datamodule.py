@@ -129,6 +129,8 @@ class MFTDataModule(L.LightningDataModule):
                 "data.padding_mode: concat cuts a stream of tokens into rows, across conversations. It is for "
                 "data.tokenize_mode: pretrain; use pack or padding."
             )
+        if padding_mode == "concat" and seq_length < 3:
+            raise UserError(f"data.seq_length: {seq_length} can leave a row of one token. Give at least 3 for concat.")
         self.tasks = find_tasks(data_paths)
         self.valid_tasks = find_validation_tasks(valid_data_paths, self.task_names)
         self.shares = parse_shares(data_split or ("100,0,0" if self.valid_tasks else DEFAULT_SPLIT))

@@ -77,7 +77,7 @@ class ConcatTable(TokenTable):
         store: holds the records, each of which ends with its eos.
         records: ``int64 [records]``, numbers in ``store``, in the order of the stream.
         tasks: ``int64 [records]``, their numbers.
-        width: tokens of a row, at least 2.
+        width: tokens of a row, at least 3, as rows of 2 could leave one of a single token.
     """
 
     def __init__(self, store: TokenStore, records: np.ndarray, tasks: np.ndarray, width: int) -> None:
