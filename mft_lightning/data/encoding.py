@@ -93,7 +93,7 @@ def encode_blocks(
         processes: that share the work; 1 is this one.
 
     Raises:
-        UserError: a process was ended from outside.
+        UserError: a process could not be started, or was ended from outside.
     """
     encode = partial(encode_block, encoder=encoder, id_type=id_type)
     if processes == 1:
@@ -104,7 +104,7 @@ def encode_blocks(
     waiting: deque[tuple[Block, Future[pa.RecordBatch]]] = deque()
     try:
         for block in blocks:
-            waiting.append((block, pool.submit(_encode_there, block)))
+            waiting.append((block, _submitted(pool, block)))
             if len(waiting) > WAITING * processes:
                 block, batch = waiting.popleft()
                 yield block, batch.result()
@@ -117,6 +117,15 @@ def encode_blocks(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submitted(pool: ProcessPoolExecutor, block: Block) -> Future[pa.RecordBatch]:
+    try:
+        return pool.submit(_encode_there, block)
+    except OSError as error:  # it starts a process where none is idle
+        raise UserError(
+            f"data.preprocessing_num_workers: a process could not be started ({error.strerror}). Give fewer."
+        ) from error
 
 
 _encode: partial[pa.RecordBatch]  # of a process that encodes

@@ -14,10 +14,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
+from uuid import uuid4
 
 import pyarrow as pa
 import tokenizers
@@ -29,12 +30,13 @@ from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.encoding import encode_blocks, schema
 from mft_lightning.data.lines import Block, read_blocks, task_files
 from mft_lightning.data.tasks import Task
-from mft_lightning.data.token_store import DamagedFile, EncodedFile, TokenStore, write_batches
+from mft_lightning.data.token_store import DamagedFile, EncodedFile, TokenStore, unwritable, write_batches
 from mft_lightning.errors import UserError
 
 VERSION = 1  # of what a cache file holds and how it is encoded; raise it where either changes
 PER_PROCESS = 4 << 20  # bytes of text that are worth a process of their own
-ABANDONED = 3600  # seconds after which a half-written file that nobody writes to is removed
+ABANDONED = 600  # seconds after which a half-written file that nobody writes to is removed
+LONGEST_NAME = 40  # letters of a task's name that its directory shows: four bytes each, of the 255 of a file name
 PATIENCE = 5  # seconds of waiting for another process before it is told
 Refuse = Callable[[TokenStore], None]
 
@@ -89,16 +91,28 @@ class TokenCache:
             UserError: a file cannot be read, changes meanwhile, or the cache cannot be written; what ``refuse`` raises.
         """
         files = task_files(task.directory)
-        directory = self.settings.directory / f"{task.name}-{_digest(str(task.directory.resolve()), self._encoding)}"
-        paths = {file: directory / f"{self._fingerprint(file)}.arrow" for file in files}
+        source = _digest(str(task.directory.resolve()), self._encoding)
+        directory = self.settings.directory / f"{task.name[:LONGEST_NAME]}-{source}"
+        paths = self._paths(directory, files)
         if not all(path.is_file() for path in paths.values()):
             with _locked(directory, task.name):
+                paths = self._paths(directory, files)  # as they are now: the lock may have taken long
                 missing = {file: path for file, path in paths.items() if not path.is_file()}
                 self._encode(task, missing, refuse)
+        _remove_abandoned(directory)
         try:
             return [EncodedFile.open(path, file) for file, path in paths.items()]
         except DamagedFile as error:
             raise UserError(f"data.cache_dir: a file of the token cache is damaged ({error}). Delete it.") from error
+        except OSError as error:
+            raise UserError(
+                f"data.cache_dir: {error.filename or directory} cannot be read ({error.strerror}). "
+                "Give another directory, or one that this user can read."
+            ) from error
+
+    def _paths(self, directory: Path, files: list[Path]) -> dict[Path, Path]:
+        """Where the encoded form of each file lies, or is to lie."""
+        return {file: directory / f"{self._fingerprint(file)}.arrow" for file in files}
 
     def _fingerprint(self, file: Path) -> str:
         """What tells a file from what it was before."""
@@ -108,11 +122,11 @@ class TokenCache:
                     return _digest(file.name, hashlib.file_digest(handle, "sha256").hexdigest())
             status = file.stat()
         except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error}).") from error
+            raise UserError(f"{file}: cannot be read ({error.strerror}). Give a file that can.") from error
         return _digest(file.name, status.st_size, status.st_mtime_ns)
 
     def _encode(self, task: Task, missing: dict[Path, Path], refuse: Refuse | None) -> None:
-        sizes = {file: file.stat().st_size for file in missing}
+        sizes = {file: file.stat().st_size if file.exists() else 0 for file in missing}  # what is gone is told below
         total = sum(sizes.values())
         processes = max(1, min(self.settings.processes, total // PER_PROCESS)) if self._portable else 1
         blocks = (block for file in missing for block in chain([Block(file, 1, b"", 0)], read_blocks(file)))
@@ -121,12 +135,16 @@ class TokenCache:
         with WorkBar(f"tokenising {task.name}", total, "conversations") as bar, closing(encoded):
             by_file = groupby(encoded, key=lambda pair: pair[0].file)
             for (file, path), (_, pairs) in zip(missing.items(), by_file, strict=True):
-                aside = path.with_suffix(f".{os.getpid()}.partial")
+                aside = path.with_suffix(f".{uuid4().hex}.partial")
                 write_batches(aside, schema(self._id_type), _watched(pairs, refuse, bar, done))
-                if path.stem != self._fingerprint(file):
-                    aside.unlink()
-                    raise UserError(f"{file}: was changed while it was read. Start again when it is whole.")
-                aside.replace(path)
+                try:
+                    if path.stem != self._fingerprint(file):
+                        raise UserError(f"{file}: was changed while it was read. Start again when it is whole.")
+                    aside.replace(path)
+                except OSError as error:
+                    raise unwritable(path.parent, error) from error
+                finally:
+                    aside.unlink(missing_ok=True)
                 done += sizes[file]
 
 
@@ -153,14 +171,19 @@ def _locked(directory: Path, task: str) -> Iterator[None]:
             print(f"waiting for another process that tokenises {task} ({lock.lock_file})", file=sys.stderr, flush=True)
             lock.acquire()
     except OSError as error:
-        raise UserError(f"data.cache_dir: {directory} cannot be written ({error}). Give another one.") from error
+        raise unwritable(directory, error) from error
     try:
-        for aside in directory.glob("*.partial"):
-            if time.time() - aside.stat().st_mtime > ABANDONED:
-                aside.unlink(missing_ok=True)
         yield
     finally:
         lock.release()
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what killed processes left. Others may do so at the same time, and a cache can be read-only."""
+    with suppress(OSError):
+        for aside in directory.glob("*.partial"):
+            if time.time() - aside.stat().st_mtime > ABANDONED:
+                aside.unlink()
 
 
 def _digest(*parts: object) -> str:

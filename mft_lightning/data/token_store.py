@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import mmap
 import os
@@ -16,7 +17,9 @@ import pyarrow as pa
 from mft_lightning.errors import UserError
 
 DIGEST = b"digest"  # the key of a batch's metadata that tells the digest of its file so far
-RELEASE_AFTER = 2048  # rows that are read before their pages are given back; a row maps some 64 KiB around it
+AROUND = 64 << 10  # bytes that the system maps around what is read
+RELEASE_AFTER = 128 << 20  # bytes that are read, with those around them, before the pages are given back
+OPEN_FILES = 1 << 16  # that a process may want to hold; the usual limit of 1024 is there to be raised
 
 
 class DamagedFile(Exception):
@@ -63,14 +66,21 @@ class EncodedFile:
 
         Raises:
             DamagedFile: it is not whole.
+            OSError: it is gone or may not be read.
         """
         try:
-            with path.open("rb") as handle:
-                mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = _mapped(path)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not _let_more_files_open():
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            return cls.open(path, source)
+        except ValueError as error:  # nothing is in it
+            raise DamagedFile(f"{path}: {error}") from error
+        try:
             reader = pa.ipc.open_file(pa.py_buffer(mapped))
             found = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
             digest = found[-1].custom_metadata[DIGEST].decode() if found else ColumnDigest().hexdigest()
-        except (pa.ArrowInvalid, ValueError, KeyError, TypeError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
             raise DamagedFile(f"{path}: {error}") from error
         return cls(source, [batch.batch for batch in found], digest, mapped, path)
 
@@ -108,7 +118,6 @@ class TokenStore:
         self.first_end = _joined([end for _, end in counts])
         bad = [start + np.flatnonzero(_given(batch)) for start, batch in zip(self._starts, batches, strict=False)]
         self.unusable = np.concatenate(bad) if bad else np.empty(0, dtype=np.int64)
-        self._read = 0
         self.release()
 
     def __len__(self) -> int:
@@ -119,11 +128,12 @@ class TokenStore:
 
     def row(self, record: int) -> tuple[np.ndarray, np.ndarray]:
         """A record's token ids ``[length]`` and its flat supervised spans ``[2 * stretches]``, as views of the file."""
-        self._read += 1
-        if self._read % RELEASE_AFTER == 0:
+        if self._read > RELEASE_AFTER:
             self.release()
         batch, place = self._find(record)
-        return _slice(self._ids[batch], place), _slice(self._spans[batch], place)
+        ids, spans = _slice(self._ids[batch], place), _slice(self._spans[batch], place)
+        self._read += ids.nbytes + 2 * AROUND
+        return ids, spans
 
     def where(self, record: int) -> tuple[Path, int]:
         """The file and line of a record."""
@@ -145,6 +155,7 @@ class TokenStore:
 
         The system keeps mapped pages as long as memory lasts, and shows them as this process's.
         """
+        self._read = 0
         for file in self.files:
             if file.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
                 file.mapped.madvise(mmap.MADV_DONTNEED)
@@ -169,12 +180,36 @@ def write_batches(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatc
                     writer.write_batch(batch, custom_metadata={DIGEST: digest.hexdigest()})
             handle.flush()
             os.fsync(handle.fileno())
-    except OSError as error:
+    except BaseException as error:
         path.unlink(missing_ok=True)
-        raise UserError(f"data.cache_dir: {path.parent} cannot be written ({error}). Give another one.") from error
-    except BaseException:
-        path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise unwritable(path.parent, error) from error
         raise
+
+
+def unwritable(directory: Path, error: OSError) -> UserError:
+    """What a user reads where the cache cannot be written."""
+    why = error.strerror or error
+    return UserError(f"data.cache_dir: {directory} cannot be written ({why}). Give another one, or make room there.")
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as handle:
+        return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _let_more_files_open() -> bool:
+    """Raise the number of files that this process may hold open, as every map holds one; whether that was possible."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return False
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft >= most:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return True
 
 
 def _columns(batches: Sequence[pa.RecordBatch], name: str) -> Iterator[pa.ListArray]:
