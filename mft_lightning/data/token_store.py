@@ -17,7 +17,7 @@ import pyarrow as pa
 from mft_lightning.errors import UserError
 
 DIGEST = b"digest"  # the key of a batch's metadata that tells the digest of its file so far
-AROUND = 64 << 10  # bytes that the system maps around what is read
+AROUND = 2 << 20  # bytes that a system may map around what is read: Linux 6.18 maps a whole huge page of the page cache
 RELEASE_AFTER = 128 << 20  # bytes that are read, with those around them, before the pages are given back
 OPEN_FILES = 1 << 16  # that a process may want to hold; the usual limit of 1024 is there to be raised
 
@@ -132,7 +132,7 @@ class TokenStore:
             self.release()
         batch, place = self._find(record)
         ids, spans = _slice(self._ids[batch], place), _slice(self._spans[batch], place)
-        self._read += ids.nbytes + 2 * AROUND
+        self._read += ids.nbytes + AROUND
         return ids, spans
 
     def where(self, record: int) -> tuple[Path, int]:

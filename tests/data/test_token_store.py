@@ -1,0 +1,242 @@
+"""Encoded files as one sequence of records: what the encoder gave, read through a map that holds no memory."""
+
+import json
+import mmap
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from mft_lightning.data import token_store
+from mft_lightning.data.chat_encoder import Encoded
+from mft_lightning.data.chat_format import ChatFormat
+from mft_lightning.data.encoding import encode_block, schema
+from mft_lightning.data.lines import read_blocks
+from mft_lightning.data.records import parse_record
+from mft_lightning.data.token_store import DamagedFile, EncodedFile, TokenStore, write_batches
+from mft_lightning.errors import UserError
+from tests.data.caches import ROOT, cache, lines, opened, rows, write
+from tests.data.tables import masked, store_of
+
+SOURCE = Path("made.jsonl")
+CONVERSATIONS = [masked([1, 2, 3], [0, 1, 1]), masked([4], [0]), masked([], []), masked([5, 6, 7, 8], [0, 1, 0, 1])]
+
+
+def saved(path: Path, id_type: str = "uint16", batch: int = 3) -> EncodedFile:
+    """A cache file of ``CONVERSATIONS``, in batches of so many."""
+    form = schema(id_type)
+    batches = (record.cast(form) for record in store_of(CONVERSATIONS, batch).files[0].batches)
+    write_batches(path, form, iter(batches))
+    return EncodedFile.open(path, SOURCE)
+
+
+def test_rows_are_what_the_encoder_gives_and_places_are_those_of_the_lines(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    bad = b'\n{"prompt": 1}\n'
+    task = write(tmp_path / "task", a=lines(30), b=bad + lines(40, 30))
+    store = opened(cache(tmp_path / "cache", tokenizer), task)
+    raws = lines(40).splitlines()
+    encoded = ChatFormat(tokenizer).encode([parse_record(raw) for raw in raws])
+    found = rows(store)
+    assert found[30] == ([], []) and store.unusable.tolist() == [30]
+    assert store.refusal(30) == ("missing-content", "prompt: is int, not a string")
+    assert [*found[:30], *found[31:]] == [(one.input_ids, one.spans) for one in encoded]
+    places = [("a.jsonl", n) for n in range(1, 31)] + [("b.jsonl", n) for n in range(2, 13)]
+    assert [(store.where(n)[0].name, store.where(n)[1]) for n in range(len(store))] == places
+    assert store.first.tolist() == [0, 30, 41] and [store.file_of(n) for n in (0, 29, 30, 40)] == [0, 0, 1, 1]
+    supervised = [sum(one.supervised) for one in encoded]
+    assert store.n_supervised.tolist() == [*supervised[:30], 0, *supervised[30:]]
+    ends = [one.spans[1] for one in encoded]
+    assert store.first_end.tolist() == [*ends[:30], 0, *ends[30:]]
+
+
+@given(
+    st.lists(st.lists(st.booleans(), max_size=6), max_size=12), st.integers(1, 5), st.sampled_from(["uint16", "uint32"])
+)
+@settings(deadline=None, max_examples=60)
+def test_the_numbers_of_a_store_are_those_of_its_rows(masks: list[list[bool]], batch: int, id_type: str) -> None:
+    made = [masked(list(range(len(mask))), mask) for mask in masks]
+    (file,) = store_of(made, batch).files
+    store = TokenStore([EncodedFile(SOURCE, [part.cast(schema(id_type)) for part in file.batches])])
+    assert rows(store) == [(one.input_ids, one.spans) for one in made]
+    assert store.lengths.tolist() == [len(mask) for mask in masks]
+    assert store.n_supervised.tolist() == [sum(mask) for mask in masks]
+    assert store.first_end.tolist() == [one.spans[1] if one.spans else 0 for one in made]
+
+
+# --- the digest
+
+
+@pytest.mark.parametrize(("id_type", "batch"), [("uint32", 3), ("uint16", 1), ("uint32", 100)])
+def test_the_digest_does_not_depend_on_batches_or_on_the_width_of_ids(tmp_path: Path, id_type: str, batch: int) -> None:
+    assert saved(tmp_path / "one").digest == saved(tmp_path / "other", id_type, batch).digest
+
+
+def test_the_digest_does_not_depend_on_the_size_of_blocks(
+    small_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "task", a=lines(50)).directory / "a.jsonl"
+    encoder, digests = ChatFormat(small_tokenizer).encoder, set()
+    for size in (1, 700, 1 << 20):
+        batches = [encode_block(block, encoder, "uint16") for block in read_blocks(file, size)]
+        write_batches(tmp_path / "cached", schema("uint16"), iter(batches))
+        digests.add(EncodedFile.open(tmp_path / "cached", file).digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [masked([1, 2, 9], [0, 1, 1]), *CONVERSATIONS[1:]],
+        [masked([1, 2, 3], [0, 0, 1]), *CONVERSATIONS[1:]],
+        [masked([1, 2], [0, 1]), masked([3, 4], [1, 0]), *CONVERSATIONS[2:]],
+        CONVERSATIONS[:-1],
+        [*CONVERSATIONS, masked([], [])],
+        CONVERSATIONS[::-1],
+    ],
+    ids=["a token", "supervision", "an end", "one fewer", "one more that is empty", "the order"],
+)
+def test_the_digest_tells_other_records(tmp_path: Path, other: list[Encoded]) -> None:
+    write_batches(tmp_path / "other", schema("uint16"), iter(store_of(other).files[0].batches))
+    assert EncodedFile.open(tmp_path / "other", SOURCE).digest != saved(tmp_path / "one").digest
+
+
+# --- files
+
+
+def test_a_file_in_the_cache_is_pickled_as_its_path_and_one_in_memory_as_its_records(tmp_path: Path) -> None:
+    store = TokenStore([saved(tmp_path / "cached")])
+    assert len(pickle.dumps(store)) < 500
+    assert rows(pickle.loads(pickle.dumps(store))) == rows(store)
+    in_memory = store_of(CONVERSATIONS)
+    assert rows(pickle.loads(pickle.dumps(in_memory))) == rows(in_memory) == rows(store)
+
+
+class Lengths(Dataset[torch.Tensor]):
+    """The ids of a store, each row as a tensor."""
+
+    def __init__(self, store: TokenStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(self.store.row(index)[0].astype(np.int64))
+
+
+def test_loader_workers_that_are_spawned_read_the_same_rows(tmp_path: Path) -> None:
+    store = TokenStore([saved(tmp_path / "cached")])
+    loader = DataLoader(Lengths(store), batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert [ids.tolist() for ids in loader] == [ids for ids, _ in rows(store)]
+
+
+def test_giving_pages_back_changes_nothing_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = TokenStore([saved(tmp_path / "cached")])
+    ids, spans = store.row(0)
+    before = rows(store)
+    store.release()
+    assert (ids.tolist(), spans.tolist()) == before[0] and rows(store) == before
+    monkeypatch.setattr(token_store, "RELEASE_AFTER", -1)
+    assert rows(store) == before
+
+
+def test_rows_cannot_be_written_to(tmp_path: Path) -> None:
+    ids, _ = TokenStore([saved(tmp_path / "cached")]).row(0)
+    with pytest.raises(ValueError, match="read-only"):
+        ids[0] = 7
+
+
+def test_a_file_without_its_end_or_with_nothing_or_something_else_in_it_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "cached"
+    saved(path)
+    whole = path.read_bytes()
+    for part in [b"", b"\0", b"ARROW1\0\0", b"text " * 100, whole[:-1], whole[: len(whole) // 2], bytes(len(whole))]:
+        path.write_bytes(part)
+        with pytest.raises(DamagedFile, match="cached: "):
+            EncodedFile.open(path, SOURCE)
+    for start, end in pairwise(range(0, len(whole), 16)):  # never anything but this error, and never a crash
+        path.write_bytes(whole[:start] + b"\xff" * (end - start) + whole[end:])
+        try:
+            EncodedFile.open(path, SOURCE)
+        except DamagedFile:
+            continue
+
+
+def test_an_arrow_file_without_the_digest_is_damaged(tmp_path: Path) -> None:
+    form = schema("uint16")
+    with pa.ipc.new_file(str(tmp_path / "cached"), form) as writer:
+        writer.write_batch(pa.RecordBatch.from_pylist([], form))
+    with pytest.raises(DamagedFile, match="cached"):
+        EncodedFile.open(tmp_path / "cached", SOURCE)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), UserError("bad line")])
+def test_nothing_is_left_of_a_file_that_cannot_be_written_to_its_end(tmp_path: Path, error: BaseException) -> None:
+    def batches() -> Iterator[pa.RecordBatch]:
+        yield from store_of(CONVERSATIONS).files[0].batches
+        raise error
+
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected, match=str(getattr(error, "strerror", error)) or None):
+        write_batches(tmp_path / "cached", schema("uint16"), batches())
+    assert not (tmp_path / "cached").exists()
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+from mft_lightning.data.token_store import EncodedFile, TokenStore
+
+def memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if "Rss" in name}
+
+store = TokenStore([EncodedFile.open(Path(sys.argv[1]), Path("made.jsonl"))])
+start, highest, checked = memory(), 0, 0
+steps = range(0, len(store) * 7919, 7919)  # every row, in an order that jumps
+for number, step in enumerate(steps):
+    ids, spans = store.row(step % len(store))
+    checked += int(ids[-1])
+    if number % 200 == 0:
+        highest = max(highest, memory()["RssFile"])
+end = memory()
+found = {"anonymous": end["RssAnon"] - start["RssAnon"], "mapped": highest - start["RssFile"], "sum": checked}
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED") or not Path("/proc/self/status").exists(), reason="Linux only")
+def test_reading_every_row_of_a_large_file_holds_little_memory(tmp_path: Path) -> None:
+    form, each, records = schema("uint16"), 3000, 500
+    ids = np.arange(each * records, dtype=np.uint16)
+    ends = np.arange(0, each * records + 1, each, dtype=np.int32)
+    spans = np.tile(np.array([1, each], dtype=np.int32), records)
+    columns = [
+        pa.array(np.arange(records)),
+        pa.ListArray.from_arrays(ends, pa.array(ids), type=form.field("input_ids").type),
+        pa.ListArray.from_arrays(np.arange(0, 2 * records + 1, 2, dtype=np.int32), pa.array(spans), type=form[2].type),
+        pa.nulls(records, pa.string()),
+        pa.nulls(records, pa.string()),
+    ]
+    batch = pa.RecordBatch.from_arrays(columns, schema=form)
+    write_batches(tmp_path / "large", form, iter([batch] * 70))
+    size = (tmp_path / "large").stat().st_size >> 10  # all in KiB
+    assert size > 200_000
+    words = [sys.executable, "-c", MEASURE, str(tmp_path / "large")]
+    found = json.loads(subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    assert found["sum"] == 70 * int(ids[each - 1 :: each].sum(dtype=np.int64))
+    assert found["anonymous"] < 8_000
+    assert found["mapped"] < (token_store.RELEASE_AFTER >> 10) * 1.25 < size
