@@ -20,17 +20,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # of the library; our processes turn it off for themselves
 
-from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.lines import read_lines, task_files
 from mft_lightning.data.records import parse_record
 from mft_lightning.data.tasks import Task, find_tasks
-from mft_lightning.data.token_cache import CacheSettings, TokenCache
-from mft_lightning.data.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:  # a process that encodes imports this file again, and transformers is not what is timed
+    from mft_lightning.data.chat_format import ChatFormat
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = [f"examples/quickstart/{name}" for name in ("text_to_code", "code_explanation", "unit_tests")]
@@ -74,6 +75,8 @@ def library_seconds(chat_format: ChatFormat, task: Task, cores: int) -> float:
 
 
 def our_seconds(chat_format: ChatFormat, task: Task, cores: int) -> float:
+    from mft_lightning.data.token_cache import CacheSettings, TokenCache
+
     with tempfile.TemporaryDirectory() as directory:
         start = time.perf_counter()
         TokenCache(CacheSettings(directory=Path(directory), processes=cores), chat_format).open(task)
@@ -81,6 +84,9 @@ def our_seconds(chat_format: ChatFormat, task: Task, cores: int) -> float:
 
 
 def speed(options: argparse.Namespace, task: Task) -> bool:
+    from mft_lightning.data.chat_format import ChatFormat
+    from mft_lightning.data.tokenizer import load_tokenizer
+
     chat_format = ChatFormat(load_tokenizer(options.tokenizer))
     size = sum(file.stat().st_size for file in task_files(task.directory)) / 1e6
     ours, theirs = [], []

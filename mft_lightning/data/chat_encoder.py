@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from tokenizers import Tokenizer
 
 from mft_lightning.data.records import BadRecord, Conversation
 
+AT_ONCE = 32  # texts that the tokenizer is given; what it makes of more falls out of the processor's cache
 ROLE_START, ROLE_END = "<|role_start|>", "<|role_end|>"
 
 # The original's `punctuation_format`: no-break spaces to spaces, full-width signs to ASCII.
@@ -65,7 +66,9 @@ class PlainTexts:
         self.serialized = serialized
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        parts = (texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE))
+        encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
+        return [encoding.ids for part in parts for encoding in encode(part)]
 
     def __reduce__(self) -> tuple[type[PlainTexts], tuple[str]]:
         return type(self), (self.serialized,)
