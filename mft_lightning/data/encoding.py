@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import threading
 from array import array
@@ -12,6 +13,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context, parent_process
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -100,7 +103,18 @@ def encode_blocks(
         for block in blocks:
             yield block, encode(block)
         return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_process, (encode,))
+    with TemporaryDirectory(prefix="mft_lightning-", ignore_cleanup_errors=True) as directory:
+        # In a file: what a process is given at its start goes through a pipe, and where that process ends before it
+        # has read more than a pipe holds, multiprocessing waits for ever (popen_spawn_posix.py, _launch).
+        told = Path(directory) / "encoder.pickle"
+        told.write_bytes(pickle.dumps(encode))
+        pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_process, (told,))
+        yield from _encode_in(pool, blocks, processes)
+
+
+def _encode_in(
+    pool: ProcessPoolExecutor, blocks: Iterable[Block], processes: int
+) -> Generator[tuple[Block, pa.RecordBatch]]:
     waiting: deque[tuple[Block, Future[pa.RecordBatch]]] = deque()
     try:
         for block in blocks:
@@ -112,8 +126,8 @@ def encode_blocks(
             yield block, batch.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "data.preprocessing_num_workers: a process that encoded was ended from outside, perhaps for want of "
-            f"memory. Give fewer than {processes}."
+            "data.preprocessing_num_workers: a process that encoded could not start, as it says above, or was ended "
+            f"from outside, perhaps for want of memory. Give fewer than {processes}."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -131,10 +145,10 @@ def _submitted(pool: ProcessPoolExecutor, block: Block) -> Future[pa.RecordBatch
 _encode: partial[pa.RecordBatch]  # of a process that encodes
 
 
-def _start_process(encode: partial[pa.RecordBatch]) -> None:
+def _start_process(told: Path) -> None:
     """What a process that encodes is told once: the encoder. It leaves Ctrl-C to its parent, and ends with it."""
     global _encode
-    _encode = encode
+    _encode = pickle.loads(told.read_bytes())
     # The processes are the parallelism, but the library's own thread is a third faster than this one: what it allocates
     # it takes from a heap that nothing else is in.
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS="1")

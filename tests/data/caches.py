@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mft_lightning.data.token_store import TokenStore
 from mft_lightning.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = "import sys; from tests.data import caches; caches.in_a_process(*sys.argv[1:])"
 BLOCK = 2000  # bytes of a block in these tests, so that a small file has many
 
 
@@ -64,16 +66,17 @@ def kept(directory: Path, suffix: str = ".arrow") -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in found}
 
 
-def start(task: Task, directory: Path, processes: int, seconds: float = 0) -> subprocess.Popen[str]:
+def start(
+    task: Task, directory: Path, processes: int, seconds: float = 0, program: Sequence[str] = ("-c", PROGRAM)
+) -> subprocess.Popen[str]:
     """A process of its own, and a group of its own, that opens a task and waits so long after every batch.
 
     It prints a line for each: the word ``batch`` and the ids of the processes that encode; at the end ``whole`` and how
     many conversations there are.
     """
-    code = "import sys; from tests.data import caches; caches.in_a_process(*sys.argv[1:])"
     words = [str(task.directory), str(directory), str(processes), str(seconds)]
     return subprocess.Popen(
-        [sys.executable, "-c", code, *words],
+        [sys.executable, *program, *words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -131,6 +131,22 @@ def test_an_encoding_process_that_is_killed_is_told_and_nothing_hangs(
     assert len(opened(cache(tmp_path / "cache", small_tokenizer), task)) == COUNT
 
 
+UNGUARDED = """
+import sys
+from tests.data import caches
+caches.in_a_process(*sys.argv[1:])
+"""
+
+
+def test_a_script_whose_processes_cannot_start_is_told_and_does_not_hang(task: Task, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    child = start(task, tmp_path / "cache", 2, program=(str(tmp_path / "script.py"),))
+    _, errors = child.communicate(timeout=60)
+    assert "__name__ == '__main__'" in errors
+    assert "UserError: data.preprocessing_num_workers: a process that encoded could not start" in errors
+    assert kept(tmp_path / "cache") == {} and not left_half_written(tmp_path / "cache")
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_a_process_that_cannot_be_started_is_told_as_what_it_is(
     small_tokenizer: PreTrainedTokenizerBase, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
