@@ -89,7 +89,7 @@ class Plan:
         """All global batches of an epoch; the last one asked for is kept.
 
         Where tokens are counted and tasks are drawn at rates, the tokens of an epoch vary while its steps do not: of
-        an epoch that has too many, the fewest of the last draws are left out (1%, 2%, 4%, ...) that let it fit.
+        an epoch that has too many, the last draws are left out (0.1%, 0.2%, 0.4%, ..., at least one) until it fits.
         """
         if number not in self._formed:
             self._formed.clear()
@@ -109,10 +109,10 @@ class Plan:
         if budget is None:
             assert self.sizes.total is not None
             return Epoch(order, np.minimum(np.arange(steps + 1) * self.sizes.total, len(order)))
-        draws, percent = len(order), 0
+        draws, permille = len(order), 0
         while (labels := fill_batches(self.lengths[order], budget, steps, [self.seed, number])) is None:
-            percent = 2 * percent or 1
-            order = order[: max(steps, draws * (100 - percent) // 100)]  # as many as there are steps always fit
+            permille = 2 * permille or 1
+            order = order[: max(steps, draws * (1000 - permille) // 1000)]  # as many as there are steps always fit
         places, bounds = by_batch(labels, steps)
         return Epoch(order[places], bounds)
 

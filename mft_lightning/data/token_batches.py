@@ -8,12 +8,14 @@ Whole numbers and unique sort keys only: every rank makes the same batches for i
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from math import ceil, floor
 
 import numpy as np
 
 ROOM = 0.98  # of the budget that batches are to fill, so that they can be filled in many ways
 LEAST = 0.97  # of the budget, where ROOM would take one batch more
+MANY = 2_000_000  # conversations, of which packing one by one takes longer than it is worth
 FEW = 100  # batches, of which one more is a share that exchanges between the heaviest and the lightest can save
 SPREADS = (256, 64, 16, 0)  # of 256: how far the order may be from longest first, tried in turn
 _SHUFFLE = 3  # a word of the seeds here that no other draw of the plan has
@@ -54,7 +56,11 @@ def fill_batches(lengths: np.ndarray, budget: int, batches: int, seed: list[int]
         if shared is not None:
             break
     else:
-        return None
+        order = _descending(short)
+        shared = _tightest(short[order], slots, budget)
+        if shared is None:
+            return None
+        shared = _none_empty(shared, slots)
     labels = rng.permutation(batches)
     found = np.empty(len(lengths), dtype=np.int64)
     found[order if rest is None else rest[order]] = labels[shared]
@@ -63,6 +69,16 @@ def fill_batches(lengths: np.ndarray, budget: int, batches: int, seed: list[int]
 
 
 def _fewest(longest_first: np.ndarray, budget: int) -> int:
+    """As many as the lightest rule needs or, where these are filled too little, as tight packing does."""
+    enough = _fewest_level(longest_first, budget)
+    tokens = int(longest_first.sum()) / budget
+    if tokens / enough < LEAST and ceil(tokens) < enough and len(longest_first) <= MANY:
+        tightest = _tightest(longest_first, enough, budget)
+        enough = enough if tightest is None else int(tightest.max()) + 1
+    return enough
+
+
+def _fewest_level(longest_first: np.ndarray, budget: int) -> int:
     """Batches from the least that could do, in growing strides until they do, then back by halves."""
     tokens = int(longest_first.sum()) / budget
     least = min(ceil(tokens / ROOM), max(ceil(tokens), floor(tokens / LEAST)))
@@ -108,6 +124,45 @@ def _lightest(lengths: np.ndarray, slots: int, budget: int) -> np.ndarray | None
             return None
         start += len(takers)
     return found if (loads <= budget).all() else _levelled(lengths, found, loads, budget)
+
+
+def _tightest(lengths: np.ndarray, slots: int, budget: int) -> np.ndarray | None:
+    """The slot of each conversation in the order they come, each to the fullest that has room; None where one has none.
+
+    Slots are opened one after the other. It needs fewer of them than the lightest rule where a slot has room for a few
+    conversations only, but the first slots get the longest.
+    """
+    if len(lengths) > MANY:
+        return None
+    bits = max(1, (slots - 1).bit_length())
+    found: list[int] = []
+    rooms: list[int] = []  # (what a slot has left << bits) | its number, in order
+    opened = 0
+    for length in lengths.tolist():
+        place = bisect_left(rooms, length << bits)
+        if place < len(rooms):
+            room = rooms.pop(place)
+            slot, left = room & ((1 << bits) - 1), (room >> bits) - length
+        elif opened < slots:
+            slot, left = opened, budget - length
+            opened += 1
+        else:
+            return None
+        found.append(slot)
+        if left:
+            insort(rooms, left << bits | slot)
+    return np.array(found, dtype=np.int64)
+
+
+def _none_empty(found: np.ndarray, slots: int) -> np.ndarray:
+    """The slots after each empty one got a conversation of one that holds several."""
+    counts = np.bincount(found, minlength=slots)
+    for empty in np.flatnonzero(counts == 0):
+        giver = counts.argmax()
+        found[np.flatnonzero(found == giver)[-1]] = empty
+        counts[giver] -= 1
+        counts[empty] = 1
+    return found
 
 
 def _levelled(lengths: np.ndarray, slots: np.ndarray, loads: np.ndarray, budget: int) -> np.ndarray | None:
