@@ -34,12 +34,16 @@ SUPERVISED, MARKER = "black on green", "cyan"
 DEFAULT_SHOWN = 3  # conversations of each task and split, without --limit and --page
 PAGE = 10  # conversations of a page, without --limit
 EXTRA: dict[str, dict[str, Any]] = {
-    "json": {"action": "store_true", "help": "One JSON object for every record of every split."},
+    "json": {"action": "store_true", "help": "One JSON object for every record, instead of tables."},
     "limit": {"type": int | None, "default": None, "help": "At most so many records, or so many on a page."},
     "page": {"type": int | None, "default": None, "help": "This page of the records, from 1."},
     "task": {"type": str | None, "default": None, "help": "Only this task."},
-    "split": {"type": str | None, "default": None, "help": "Only records of train, valid or test."},
-    "plots": {"type": str | None, "default": None, "help": "Write pictures of lengths and token balance in here."},
+    "split": {"type": str | None, "default": None, "help": "Show only records of train, valid or test."},
+    "plots": {
+        "type": str | None,
+        "default": None,
+        "help": "A directory for pictures of lengths and token balance.",
+    },
 }
 
 
@@ -99,6 +103,8 @@ def inspect(argv: list[str]) -> None:
     choice.check(datamodule)
     plots = Path(config.config["plots"]).expanduser() if config.config["plots"] else None
     if plots is not None:
+        if config.config["json"]:
+            raise UserError("--plots: is drawn with the tables. Leave --json out.")
         require_matplotlib()
     with reader_may_leave():
         if config.config["json"]:
@@ -168,7 +174,7 @@ def _print_conversations(datamodule: MFTDataModule, choice: Choice) -> None:
         say("", Text(title, style="bold"))
         say(highlighted(datamodule.chat_format, record.encoded, colour=colour))
     if choice.page is not None:
-        say("", f"page {choice.page} of {math.ceil(total / (choice.limit or PAGE))}, {total:,} conversations")
+        say("", f"page {choice.page} of {max(1, math.ceil(total / (choice.limit or PAGE)))}, {total:,} conversations")
 
 
 def _say_table(surveys: list[TaskSurvey]) -> None:

@@ -127,10 +127,9 @@ def admit(store: TokenStore, policy: RecordPolicy, *, pretrain: bool) -> Admissi
         if policy.on_overlong == "truncate":
             cut = over if pretrain else over & (store.first_end > 0) & (store.first_end <= policy.seq_length)
         outcome[over & ~cut] = OVERLONG
-        lengths, supervised = np.where(cut, np.int32(policy.seq_length), lengths), supervised.copy()
-        for record in np.flatnonzero(cut):
-            spans = np.minimum(store.row(int(record))[1], policy.seq_length)
-            supervised[record] = (spans[1::2] - spans[::2]).sum()
+        lengths = np.where(cut, np.int32(policy.seq_length), lengths)
+        if cut.any():
+            supervised = np.where(cut, store.supervised_within(policy.seq_length), supervised)
     outcome[(supervised == 0) & (outcome == ADMITTED)] = NOTHING_SUPERVISED
     outcome[store.unusable] = BAD
     return Admission(store, policy, outcome, lengths, supervised)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -31,7 +30,7 @@ from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_ca
 from mft_lightning.data.token_table import TokenTable
 from mft_lightning.data.tokenizer import load_tokenizer
 from mft_lightning.errors import NotYetError, UserError
-from mft_lightning.shipped import shipped_example
+from mft_lightning.shipped import expanded, shipped_example
 
 DEFAULT_SPLIT = "95,5,0"
 
@@ -63,7 +62,7 @@ class MFTDataModule(L.LightningDataModule):
         num_workers: loader processes. Default: from the cores there are, at most 4.
         preprocessing_num_workers: processes that tokenise. Default: from the cores there are.
         cache_dir: where token ids are kept between runs. Default: mft_lightning/tokens in the user's cache.
-        cache_by_contents: tell changed files by their bytes, which are all read then, not by path, size and time.
+        cache_by_contents: tell changed files by their bytes, which are all read then, not by size and time.
         eos_token: closes every answer. Default: the tokenizer's.
         pad_token: fills padded rows. Default: <|padding|> where the tokenizer has it, else its own, else eos.
         role_tokens: "text" leaves the role markers ordinary text. "added" is not supported yet.
@@ -131,8 +130,10 @@ class MFTDataModule(L.LightningDataModule):
             )
         if padding_mode == "concat" and seq_length < 3:
             raise UserError(f"data.seq_length: {seq_length} can leave a row of one token. Give at least 3 for concat.")
+        if padding_mode == "concat" and on_overlong != "drop":
+            raise UserError("data.on_overlong: with data.padding_mode: concat no record is too long. Leave it out.")
         self.tasks = find_tasks(data_paths)
-        self.valid_tasks = find_validation_tasks(valid_data_paths, self.task_names)
+        self.valid_tasks = find_validation_tasks(valid_data_paths, self.tasks)
         self.shares = parse_shares(data_split or ("100,0,0" if self.valid_tasks else DEFAULT_SPLIT))
         self.task_weights = parse_task_weights(task_weights, self.task_names)
         self.task_sampling = parse_task_sampling(task_sampling, self.task_names)
@@ -169,7 +170,7 @@ class MFTDataModule(L.LightningDataModule):
         if set(self.exclude_tasks) == set(self.task_names):
             raise UserError("evaluation.exclude_tasks: leaves no task to evaluate. Set evaluation.strategy: none.")
         self.cache_settings = CacheSettings(
-            directory=Path(cache_dir).expanduser().absolute() if cache_dir else default_cache_dir(),
+            directory=expanded(cache_dir).absolute() if cache_dir else default_cache_dir(),
             processes=preprocessing_num_workers or _cores(),
             by_contents=cache_by_contents,
         )
@@ -242,11 +243,16 @@ class MFTDataModule(L.LightningDataModule):
         """
         counts = np.bincount(self.table(split).tasks, minlength=len(self.tasks))
         empty = [name for name, count in zip(self.task_names, counts, strict=True) if count == 0]
+        separate = bool(self.valid_tasks) and split == "valid"
+        key = "data.valid_data_paths" if separate else "data.data_split"
+        remedy = "Give it a directory with conversations" if separate else "Raise its share"
+        if split == "valid" and not separate:
+            remedy += ", give data.valid_data_paths"
         if missing := [name for name in empty if name not in self.exclude_tasks]:
             raise UserError(
-                f"data.data_split: no conversation to evaluate ({split}) is left of {', '.join(missing)}. Raise its "
-                "share, or name the task in evaluation.exclude_tasks. Validation can also come from "
-                "data.valid_data_paths, or be left out by evaluation.strategy: none."
+                f"{key}: no conversation to evaluate ({split}) is left of {', '.join(missing)}. {remedy}, or name the "
+                "task in evaluation.exclude_tasks."
+                + (" Validation can also be left out by evaluation.strategy: none." if split == "valid" else "")
             )
 
     @cached_property

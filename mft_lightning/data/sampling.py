@@ -57,7 +57,8 @@ class TaskSampling:
 
     def _shares(self, counts: list[int], names: Sequence[str]) -> list[float]:
         if self.rates is not None:
-            scores = [self.rates[name] for name in names]
+            highest = max(self.rates.values())  # divided out, because a sum of rates may be too large for a float
+            scores = [self.rates[name] / highest for name in names]
         else:
             assert self.temperature is not None
             largest = max(counts)  # divided out, because a power of a count may be too large for a float
@@ -123,6 +124,7 @@ def parse_task_sampling(setting: Any, names: Sequence[str]) -> TaskSampling:
             raise UserError(f"{KEY}: {setting['temperature']!r} is no temperature. Give a positive number.")
         return TaskSampling(temperature=float(setting["temperature"]))
     if isinstance(setting, dict):
+        setting = {str(name): rate for name, rate in setting.items()}  # YAML reads 2024 as a number
         if set(setting) != set(names):
             wrong = sorted(str(name) for name in set(setting) ^ set(names))
             raise UserError(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mft_lightning.errors import UserError
-from mft_lightning.shipped import shipped_example
+from mft_lightning.shipped import expanded, shipped_example
 
 SPLITS = ("train", "valid", "test")
 _TASK_NAME = re.compile(r"[\w][\w .+-]*")
@@ -53,7 +53,7 @@ def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list
     """
     tasks: dict[str, Task] = {}
     for path in parse_paths(paths, key):
-        directory = Path(shipped_example(path)).expanduser()
+        directory = expanded(shipped_example(path))
         name = Path(os.path.normpath(directory.absolute())).name  # of the path as given, also where it is a link
         if not _TASK_NAME.fullmatch(name):
             raise UserError(
@@ -66,17 +66,24 @@ def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list
     return list(tasks.values())
 
 
-def find_validation_tasks(paths: Sequence[str] | str | None, names: Sequence[str]) -> list[Task]:
+def find_validation_tasks(paths: Sequence[str] | str | None, tasks: Sequence[Task]) -> list[Task]:
     """The separate validation directories, if there are such, each named as one of the tasks.
 
     Raises:
-        UserError: a directory that is named as none of them.
+        UserError: a directory that is named as none of them, or is the task's own.
     """
     if paths is None:
         return []
+    names = [task.name for task in tasks]
     found = find_tasks(paths, "data.valid_data_paths")
     if unknown := [task.name for task in found if task.name not in names]:
         raise UserError(f"data.valid_data_paths: {', '.join(unknown)} is none of the tasks {', '.join(names)}.")
+    own = {os.path.realpath(task.directory) for task in tasks}
+    if same := [task for task in found if os.path.realpath(task.directory) in own]:
+        raise UserError(
+            f"data.valid_data_paths: {same[0].directory} is trained on too (data.data_paths). Give conversations that "
+            "are not, or leave it out and set aside a share of each task by data.data_split."
+        )
     return found
 
 
@@ -108,6 +115,7 @@ def parse_task_weights(weights: dict[str, float] | list[float] | None, names: li
     if weights is None:
         return None
     if isinstance(weights, dict):
+        weights = {str(name): weight for name, weight in weights.items()}  # YAML reads 2024 as a number
         if set(weights) != set(names):
             wrong = sorted(set(weights) ^ set(names))
             raise UserError(f"data.task_weights: give one weight for each of {', '.join(names)} (see {wrong}).")

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -23,7 +24,9 @@ from uuid import uuid4
 
 import pyarrow as pa
 import tokenizers
+import transformers
 from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerBase
 
 from mft_lightning.bars import WorkBar
 from mft_lightning.data.chat_encoder import PlainTexts
@@ -54,7 +57,7 @@ class CacheSettings:
     Args:
         directory: of the cache.
         processes: that encode.
-        by_contents: tell files apart by a digest of their bytes, not by path, size and time of change.
+        by_contents: tell files apart by a digest of their bytes, not by size and time of change.
     """
 
     directory: Path
@@ -74,7 +77,7 @@ class TokenCache:
         self._encoding = _digest(
             VERSION,
             tokenizers.__version__,
-            texts.serialized if isinstance(texts, PlainTexts) else sorted(vocabulary.items()),
+            texts.serialized if isinstance(texts, PlainTexts) else _saved(chat_format.tokenizer),
             type(chat_format.tokenizer).__qualname__,
             chat_format.eos_token_id,
             chat_format.pretrain,
@@ -190,6 +193,14 @@ def _remove_abandoned(directory: Path) -> None:
         for aside in directory.glob("*.partial"):
             if time.time() - aside.stat().st_mtime > ABANDONED:
                 aside.unlink()
+
+
+def _saved(tokenizer: PreTrainedTokenizerBase) -> list[object]:
+    """All that decides what a tokenizer written in Python does: the files it saves, and the library's version."""
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        files = sorted(path for path in Path(directory).rglob("*") if path.is_file())
+        return [transformers.__version__, *((file.name, file.read_bytes().hex()) for file in files)]
 
 
 def _digest(*parts: object) -> str:

@@ -135,6 +135,12 @@ class TokenStore:
         self._read += ids.nbytes + AROUND
         return ids, spans
 
+    def supervised_within(self, length: int) -> np.ndarray:
+        """Supervised tokens among the first ``length`` of each record, ``int32 [records]``."""
+        cut = [_supervision(np.minimum(values, length), offsets)[0] for values, offsets in self._spans]
+        self.release()
+        return _joined(cut)
+
     def where(self, record: int) -> tuple[Path, int]:
         """The file and line of a record."""
         batch, place = self._find(record)

@@ -191,3 +191,10 @@ def test_typical_values_have_each_task_as_often_as_it_is_drawn_and_its_middle_va
     draws = TaskDraws(members=(np.arange(3), np.arange(3, 103)), per_epoch=(6, 4), seed=1)
     values = np.array([7, 9, 8, *range(100)])
     assert draws.typical(values).tolist() == [7, 7, 8, 8, 9, 9, 12, 37, 62, 87]
+
+
+def test_rates_of_any_size_and_names_that_yaml_reads_as_numbers() -> None:
+    tasks = np.repeat([0, 1], 50)
+    huge = parse_task_sampling([1e308, 1e308], ["2024", "2025"]).draws(tasks, ["2024", "2025"], 1)
+    named = parse_task_sampling({2024: 1, 2025: 1}, ["2024", "2025"]).draws(tasks, ["2024", "2025"], 1)
+    assert huge is not None and named is not None and huge.per_epoch == named.per_epoch == (50, 50)

@@ -1,5 +1,6 @@
 """Task directories by their paths, and the split of each task's records."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft_lightning.data.tasks import SPLITS, find_tasks, parse_paths, parse_shares, split_records
+from mft_lightning.data.tasks import (
+    SPLITS,
+    find_tasks,
+    find_validation_tasks,
+    parse_paths,
+    parse_shares,
+    parse_task_weights,
+    split_records,
+)
 from mft_lightning.errors import UserError
 
 # --- paths
@@ -189,3 +198,17 @@ def test_a_linked_directory_s_task_has_the_name_it_is_given_by(tmp_path: Path) -
         (tmp_path / name).symlink_to(tmp_path / "data")
     found = find_tasks([str(tmp_path / "alpha"), str(tmp_path / "beta") + "/"])
     assert [task.name for task in found] == ["alpha", "beta"]
+
+
+def test_names_that_yaml_reads_as_numbers_are_names() -> None:
+    assert parse_task_weights({2024: 1.0, 2025: 3.0}, ["2024", "2025"]) == [0.5, 1.5]  # type: ignore[dict-item]
+
+
+def test_a_validation_directory_that_is_trained_on_is_refused(write_task: Callable[..., str], tmp_path: Path) -> None:
+    task = write_task("one", [{"prompt": "a", "answer": "b"}])
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "one").symlink_to(task)
+    tasks = find_tasks([task])
+    for path in (task, str(tmp_path / "link" / "one")):
+        with pytest.raises(UserError, match="is trained on too"):
+            find_validation_tasks([path], tasks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -137,9 +138,10 @@ def test_a_time_limit_ends_with_validation_and_checkpoint(fit: Callable[..., Pat
 def test_separate_validation_paths_and_an_excluded_task(
     fit: Callable[..., Path], example_tasks: list[str], tmp_path: Path
 ) -> None:
+    valid = [shutil.copytree(task, tmp_path / "valid" / Path(task).name) for task in example_tasks[1::-1]]
     run = fit(
         tmp_path / "run",
-        *("--data.data_split", "null", "--data.valid_data_paths", f"[{example_tasks[1]},{example_tasks[0]}]"),
+        *("--data.data_split", "null", "--data.valid_data_paths", f"[{valid[0]},{valid[1]}]"),
         *("--evaluation.exclude_tasks", "[unit_tests]", "--trainer.max_steps", "2"),
     )
     row = metrics(run)[0]

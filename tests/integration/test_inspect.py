@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -144,9 +146,10 @@ def test_a_bad_line_is_counted_and_ends_with_the_error_of_fit(
 
 
 def test_validation_directories_have_a_table_of_their_own(
-    capsys: pytest.CaptureFixture[str], example_tasks: list[str], tiny_model: Path
+    capsys: pytest.CaptureFixture[str], example_tasks: list[str], tiny_model: Path, tmp_path: Path
 ) -> None:
-    words = ["--data.data_paths", f"[{example_tasks[0]}]", "--data.valid_data_paths", f"[{example_tasks[0]}]"]
+    valid = shutil.copytree(example_tasks[0], tmp_path / "text_to_code")
+    words = ["--data.data_paths", f"[{example_tasks[0]}]", "--data.valid_data_paths", f"[{valid}]"]
     words += ["--data.data_split", "null", "--model.pretrained_model_path", str(tiny_model), "--limit", "0"]
     assert main(["inspect", "--config", "full.yaml", *words]) == 0
     training, validation = capsys.readouterr().out.split("validation directories\n")
@@ -161,3 +164,38 @@ def test_a_reader_that_has_enough_ends_it_in_peace() -> None:
         ["bash", "-c", line], cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=True
     )
     assert result.stdout.splitlines()[-1] == "0" and not result.stderr
+
+
+def test_records_are_paged_and_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ("--task", "unit_tests", "--split", "valid")
+    every = inspected(capsys, *chosen)
+    assert {(record["task"], record["split"]) for record in every} == {("unit_tests", "valid")} and len(every) == 12
+    pages = [inspected(capsys, *chosen, "--page", str(page), "--limit", "5") for page in (1, 2, 3)]
+    assert [len(page) for page in pages] == [5, 5, 2] and [*chain(*pages)] == every
+    assert main(["inspect", "--config", "full.yaml", *chosen, "--page", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("--- unit_tests, valid") == 2 and "page 2 of 2, 12 conversations" in printed
+    assert "token balance: " in printed and "text_to_code" not in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--page", "4", "--limit", "5", "--task", "unit_tests", "--split", "valid"), "past the last page, 3"),
+        (("--page", "0"), "--page: pages are numbered from 1"),
+        (("--task", "sums"), "--task: 'sums' is none of text_to_code"),
+        (("--split", "dev"), "--split: 'dev' is none of train, valid, test"),
+        (("--plots", "x", "--json"), "--plots: is drawn with the tables"),
+    ],
+)
+def test_a_choice_that_there_is_none_of_is_told(
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    assert main(["inspect", "--config", "full.yaml", *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_plots_are_drawn_on_demand(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["inspect", "--config", "full.yaml", "--limit", "0", "--plots", str(tmp_path / "plots")]) == 0
+    names = sorted(path.name.split(".")[0] for path in (tmp_path / "plots").iterdir())
+    assert names == ["balance", "events", "lengths"] and "lengths.png" in capsys.readouterr().out
