@@ -72,7 +72,7 @@ def read_lines(file: Path) -> Iterator[Line]:
         yield from block.lines()
 
 
-def read_blocks(file: Path, size: int = 1 << 20) -> Iterator[Block]:
+def read_blocks(file: Path, size: int = 1 << 18) -> Iterator[Block]:
     """The whole of ``file`` in blocks of about ``size`` bytes, at most about ``2 * MAX_LINE``.
 
     A line is never split over two blocks. One longer than ``MAX_LINE`` is cut to its first ``MAX_LINE + 1`` bytes.
