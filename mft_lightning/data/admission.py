@@ -125,10 +125,11 @@ def admit(store: TokenStore, policy: RecordPolicy, *, pretrain: bool) -> Admissi
         over = lengths > policy.seq_length
         cut = np.zeros_like(over)
         if policy.on_overlong == "truncate":
-            cut = over if pretrain else over & (store.first_end > 0) & (store.first_end <= policy.seq_length)
+            ends = store.first_ends()
+            cut = over if pretrain else over & (ends > 0) & (ends <= policy.seq_length)
         outcome[over & ~cut] = OVERLONG
-        lengths = np.where(cut, np.int32(policy.seq_length), lengths)
         if cut.any():
+            lengths = np.where(cut, np.int32(policy.seq_length), lengths)
             supervised = np.where(cut, store.supervised_within(policy.seq_length), supervised)
     outcome[(supervised == 0) & (outcome == ADMITTED)] = NOTHING_SUPERVISED
     outcome[store.unusable] = BAD

@@ -19,6 +19,7 @@ from mft_lightning.errors import UserError
 DIGEST = b"digest"  # the key of a batch's metadata that tells the digest of its file so far
 AROUND = 2 << 20  # bytes that a system may map around what is read: Linux 6.18 maps a whole huge page of the page cache
 RELEASE_AFTER = 128 << 20  # bytes that are read, with those around them, before the pages are given back
+BATCH = 16 << 20  # bytes of a batch in a file: opening costs some 0.1 ms for each
 OPEN_FILES = 1 << 16  # that a process may want to hold; the usual limit of 1024 is there to be raised
 
 
@@ -100,7 +101,6 @@ class TokenStore:
         first: ``int64 [files + 1]``, the first record of each file.
         lengths: ``int32 [records]``, tokens of each.
         n_supervised: ``int32 [records]``, supervised tokens of each.
-        first_end: ``int32 [records]``, where the first supervised stretch ends; 0 where there is none.
         unusable: ``int64 [bad]``, the records that are no usable conversation.
     """
 
@@ -110,13 +110,13 @@ class TokenStore:
         self._batches = batches
         self._starts = np.cumsum([0, *(len(batch) for batch in batches)], dtype=np.int64)
         self.first = np.cumsum([0, *(sum(map(len, file.batches)) for file in files)], dtype=np.int64)
-        self._ids = [(_values(column), np.asarray(column.offsets)) for column in _columns(batches, "input_ids")]
-        self._spans = [(_values(column), np.asarray(column.offsets)) for column in _columns(batches, "spans")]
+        self._ids = [(_view(column.values), _view(column.offsets)) for column in _columns(batches, "input_ids")]
+        self._spans = [(_view(column.values), _view(column.offsets)) for column in _columns(batches, "spans")]
         self.lengths = _joined([np.diff(offsets) for _, offsets in self._ids])
-        counts = [_supervision(values, offsets) for values, offsets in self._spans]
-        self.n_supervised = _joined([total for total, _ in counts])
-        self.first_end = _joined([end for _, end in counts])
-        bad = [start + np.flatnonzero(_given(batch)) for start, batch in zip(self._starts, batches, strict=False)]
+        self.n_supervised = _joined([_supervised(values, offsets) for values, offsets in self._spans])
+        bad = [
+            start + _places_given(batch.column("reason")) for start, batch in zip(self._starts, batches, strict=False)
+        ]
         self.unusable = np.concatenate(bad) if bad else np.empty(0, dtype=np.int64)
         self.release()
 
@@ -137,9 +137,15 @@ class TokenStore:
 
     def supervised_within(self, length: int) -> np.ndarray:
         """Supervised tokens among the first ``length`` of each record, ``int32 [records]``."""
-        cut = [_supervision(np.minimum(values, length), offsets)[0] for values, offsets in self._spans]
+        cut = [_supervised(np.minimum(values, length), offsets) for values, offsets in self._spans]
         self.release()
         return _joined(cut)
+
+    def first_ends(self) -> np.ndarray:
+        """Where the first supervised stretch of each record ends, ``int32 [records]``; 0 where there is none."""
+        ends = [_first_ends(values, offsets) for values, offsets in self._spans]
+        self.release()
+        return _joined(ends)
 
     def where(self, record: int) -> tuple[Path, int]:
         """The file and line of a record."""
@@ -181,7 +187,7 @@ def write_batches(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatc
     try:
         with path.open("wb") as handle:
             with pa.ipc.new_file(handle, schema) as writer:
-                for batch in batches:
+                for batch in _in_batches(batches):
                     digest.add(batch)
                     writer.write_batch(batch, custom_metadata={DIGEST: digest.hexdigest()})
             handle.flush()
@@ -222,12 +228,35 @@ def _columns(batches: Sequence[pa.RecordBatch], name: str) -> Iterator[pa.ListAr
     return (batch.column(name) for batch in batches)
 
 
-def _values(column: pa.ListArray) -> np.ndarray:
-    return column.values.to_numpy(zero_copy_only=True)
+def _in_batches(parts: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of at least ``BATCH`` bytes, all but the last."""
+    waiting: list[pa.RecordBatch] = []
+    size = 0
+    for part in parts:
+        waiting.append(part)
+        size += part.nbytes
+        if size >= BATCH:
+            yield pa.concat_batches(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield pa.concat_batches(waiting)
 
 
-def _given(batch: pa.RecordBatch) -> np.ndarray:
-    return batch.column("reason").is_valid().to_numpy(zero_copy_only=False)
+def _view(numbers: pa.Array) -> np.ndarray:
+    """The numbers where they lie; Arrow's own ``to_numpy`` imports pandas where there is one, half a second."""
+    if not len(numbers):
+        return np.empty(0, dtype=str(numbers.type))
+    return np.frombuffer(numbers.buffers()[1], dtype=str(numbers.type))[numbers.offset :][: len(numbers)]
+
+
+def _places_given(column: pa.Array) -> np.ndarray:
+    """Where a column has a value."""
+    bitmap = column.buffers()[0]
+    if bitmap is None:  # it has one everywhere
+        return np.arange(len(column))
+    return np.flatnonzero(
+        np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little")[column.offset :][: len(column)]
+    )
 
 
 def _slice(column: tuple[np.ndarray, np.ndarray], place: int) -> np.ndarray:
@@ -235,14 +264,18 @@ def _slice(column: tuple[np.ndarray, np.ndarray], place: int) -> np.ndarray:
     return values[offsets[place] : offsets[place + 1]]
 
 
-def _supervision(spans: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each record of a batch, the supervised tokens and the end of the first supervised stretch."""
+def _supervised(spans: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Supervised tokens of each record of a batch."""
     ends = np.concatenate([[0], np.cumsum(spans[1::2] - spans[::2])])
-    totals = ends[offsets[1:] // 2] - ends[offsets[:-1] // 2]
-    first = np.zeros(len(totals), dtype=np.int32)
-    some = totals > 0
-    first[some] = spans[offsets[:-1][some] + 1]
-    return totals.astype(np.int32), first
+    return ends[offsets[1:] // 2] - ends[offsets[:-1] // 2]
+
+
+def _first_ends(spans: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The end of the first supervised stretch of each record of a batch, or 0."""
+    ends = np.zeros(len(offsets) - 1, dtype=np.int32)
+    some = offsets[1:] > offsets[:-1]
+    ends[some] = spans[offsets[:-1][some] + 1]
+    return ends
 
 
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 import pickle
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_rows_are_what_the_encoder_gives_and_places_are_those_of_the_lines(
     supervised = [sum(one.supervised) for one in encoded]
     assert store.n_supervised.tolist() == [*supervised[:30], 0, *supervised[30:]]
     ends = [one.spans[1] for one in encoded]
-    assert store.first_end.tolist() == [*ends[:30], 0, *ends[30:]]
+    assert store.first_ends().tolist() == [*ends[:30], 0, *ends[30:]]
 
 
 @given(
@@ -73,7 +74,33 @@ def test_the_numbers_of_a_store_are_those_of_its_rows(masks: list[list[bool]], b
     assert rows(store) == [(one.input_ids, one.spans) for one in made]
     assert store.lengths.tolist() == [len(mask) for mask in masks]
     assert store.n_supervised.tolist() == [sum(mask) for mask in masks]
-    assert store.first_end.tolist() == [one.spans[1] if one.spans else 0 for one in made]
+    assert store.first_ends().tolist() == [one.spans[1] if one.spans else 0 for one in made]
+
+
+def test_a_file_has_few_batches_whatever_it_is_written_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [masked([number, number], [0, 1]) for number in range(200)]
+    parts = store_of(made, batch=2).files[0].batches
+    monkeypatch.setattr(token_store, "BATCH", 20 * parts[0].nbytes)
+    write_batches(tmp_path / "cached", schema("uint16"), iter(parts))
+    file = EncodedFile.open(tmp_path / "cached", SOURCE)
+    assert [len(batch) for batch in file.batches] == [40] * 5
+    assert rows(TokenStore([file])) == [(one.input_ids, one.spans) for one in made]
+
+
+def test_opening_leaves_pandas_alone_where_there_is_one(tmp_path: Path) -> None:
+    (tmp_path / "pandas.py").write_text("print('imported')")
+    bad = {"line": 2, "input_ids": [], "spans": [], "reason": "bad", "detail": "is bad"}
+    parts = [*store_of(CONVERSATIONS).files[0].batches, pa.RecordBatch.from_pylist([bad], schema("uint16"))]
+    write_batches(tmp_path / "cached", schema("uint16"), iter(parts))
+    code = (
+        "import sys; from pathlib import Path; from mft_lightning.data.token_store import EncodedFile, TokenStore;"
+        "store = TokenStore([EncodedFile.open(Path(sys.argv[1]), Path('made.jsonl'))]);"
+        "print(store.lengths.tolist(), store.unusable.tolist(), store.row(0)[0].tolist())"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "cached")]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    found = subprocess.run(words, env=environment, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert found == "[3, 1, 0, 4, 0] [4] [1, 2, 3]\n"
 
 
 # --- the digest
