@@ -110,8 +110,8 @@ def collate(table: TokenTable, indices: Sequence[int] | np.ndarray, *, packed: b
         predictors=_joined(predictors),
         targets=_joined(targets),
         conversation=_joined(conversation),
-        tasks=torch.from_numpy(table.tasks[chosen]),
-        n_supervised=torch.from_numpy(table.n_supervised[chosen]),
+        tasks=torch.from_numpy(table.tasks[chosen].astype(np.int64)),
+        n_supervised=torch.from_numpy(table.n_supervised[chosen].astype(np.int64)),
         packed_lengths=tuple(lengths) if packed else (),
     )
 

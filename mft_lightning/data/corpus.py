@@ -103,7 +103,8 @@ class Corpus:
         """The conversations of a split that are trained on or evaluated."""
         admission = self.admission
         chosen = np.flatnonzero((admission.outcome == ADMITTED) & (self.codes == SPLITS.index(split)))
-        tasks = np.repeat(np.asarray(self.numbers), np.diff(self.first))[chosen]
+        chosen = chosen.astype(np.int32)  # as all that is kept for each record: there are less than 2^31
+        tasks = np.repeat(np.asarray(self.numbers, dtype=np.int32), np.diff(self.first))[chosen]
         if admission.policy.concat:
             return ConcatTable(admission.store, chosen, tasks, admission.policy.seq_length)
         lengths, supervised = admission.lengths[chosen], admission.n_supervised[chosen]

@@ -26,7 +26,7 @@ class Epoch:
     """The global batches of an epoch.
 
     Attributes:
-        order: its conversations, batch after batch: indices, ``int64 [draws]``.
+        order: its conversations, batch after batch: indices, ``int32 [draws]``.
         bounds: where each batch starts, and the end: ``int64 [steps + 1]``.
     """
 
@@ -42,7 +42,7 @@ class Plan:
     """Global batches and their dealing.
 
     Args:
-        lengths: tokens of each conversation, ``int64 [conversations]``.
+        lengths: tokens of each conversation, ``int32 [conversations]``.
         sizes: what a global batch and a micro-batch hold. Of conversations, the last batch of an epoch may hold fewer.
             Of tokens, a conversation longer than the budget stands alone.
         packed: whether micro-batches are packed rows.
@@ -97,13 +97,13 @@ class Plan:
         return self._formed[number]
 
     def global_batch(self, epoch: int, step: int) -> np.ndarray:
-        """The conversations of one optimizer step: indices, ``int64 [conversations of the step]``."""
+        """The conversations of one optimizer step: indices, ``int32 [conversations of the step]``."""
         formed = self.epoch(epoch)
         return formed.order[formed.bounds[step] : formed.bounds[step + 1]]
 
     def _form(self, number: int) -> Epoch:
         steps, budget = self.steps_per_epoch, self.sizes.tokens
-        order = np.random.default_rng([self.seed, number]).permutation(len(self.lengths))
+        order = np.random.default_rng([self.seed, number]).permutation(np.arange(len(self.lengths), dtype=np.int32))
         if self.draws is not None:
             order = self.draws.drawn(number)[order]
         if budget is None:

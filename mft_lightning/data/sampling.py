@@ -52,7 +52,7 @@ class TaskSampling:
                 f"{KEY}: {self.setting} draws nothing of {', '.join(missing)} in an epoch of {len(tasks):,} "
                 "conversations. Raise the rate, or leave the task out of data.data_paths."
             )
-        members = np.split(np.argsort(tasks, kind="stable"), np.cumsum(counts)[:-1])
+        members = np.split(np.argsort(tasks, kind="stable").astype(np.int32), np.cumsum(counts)[:-1])
         return TaskDraws(members=tuple(members), per_epoch=tuple(per_epoch), seed=seed)
 
     def _shares(self, counts: list[int], names: Sequence[str]) -> list[float]:
@@ -73,7 +73,7 @@ class TaskDraws:
     So all conversations of a task are seen equally often, or once more than others, at any time.
 
     Attributes:
-        members: of each task, its conversations: indices, ``int64 [n_k]``.
+        members: of each task, its conversations: indices, ``int32 [n_k]``.
         per_epoch: draws of each task in an epoch.
         seed: of the shuffles; every pass has its own.
     """
@@ -83,7 +83,7 @@ class TaskDraws:
     seed: int
 
     def drawn(self, epoch: int) -> np.ndarray:
-        """The conversations of an epoch, task after task: indices, ``int64 [draws]``."""
+        """The conversations of an epoch, task after task: indices, ``int32 [draws]``."""
         return np.concatenate([self._of_task(task, epoch) for task in range(len(self.members))])
 
     def _of_task(self, task: int, epoch: int) -> np.ndarray:

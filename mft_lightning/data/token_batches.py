@@ -25,9 +25,10 @@ def count_batches(lengths: np.ndarray, budget: int) -> int:
     """The fewest batches, from a budget filled to about 98% on, that hold conversations of these lengths.
 
     Args:
-        lengths: tokens of each conversation, ``int64 [conversations]``.
+        lengths: tokens of each conversation, ``[conversations]``.
         budget: most tokens of a batch.
     """
+    lengths = lengths.astype(np.int64, copy=False)
     alone = lengths > budget
     rest = np.sort(lengths[~alone])[::-1]
     return int(alone.sum()) + (_fewest(rest, budget) if len(rest) else 0)
@@ -37,11 +38,12 @@ def fill_batches(lengths: np.ndarray, budget: int, batches: int, seed: list[int]
     """The batch of each conversation, ``int64 [conversations]``, none of the batches empty; None where it fails.
 
     Args:
-        lengths: tokens of each conversation in an order that is random already, ``int64 [conversations]``.
+        lengths: tokens of each conversation in an order that is random already, ``[conversations]``.
         budget: most tokens of a batch.
         batches: how many; of ``count_batches`` it never fails.
         seed: of the variety from epoch to epoch.
     """
+    lengths = lengths.astype(np.int64, copy=False)
     alone = np.flatnonzero(lengths > budget)
     rest = np.flatnonzero(lengths <= budget) if len(alone) else None
     short = lengths if rest is None else lengths[rest]

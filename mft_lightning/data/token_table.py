@@ -14,14 +14,14 @@ class TokenTable(ABC):
     """Conversations, numbered from 0.
 
     Attributes:
-        lengths: ``int64 [conversations]``, tokens of each.
-        tasks: ``int64 [conversations]``, task numbers.
-        n_supervised: ``int64 [conversations]``, supervised tokens of each, at least 1.
+        lengths: ``int32 [conversations]``, tokens of each.
+        tasks: ``int32 [conversations]``, task numbers.
+        n_supervised: ``int32 [conversations]``, supervised tokens of each, at least 1.
     """
 
     def __init__(self, lengths: np.ndarray, tasks: np.ndarray, n_supervised: np.ndarray) -> None:
         self.lengths, self.tasks, self.n_supervised = (
-            values.astype(np.int64) for values in (lengths, tasks, n_supervised)
+            values.astype(np.int32, copy=False) for values in (lengths, tasks, n_supervised)
         )
 
     def __len__(self) -> int:
@@ -42,7 +42,7 @@ class RecordTable(TokenTable):
 
     Args:
         store: holds the records.
-        records: ``int64 [conversations]``, numbers in ``store``.
+        records: ``int32 [conversations]``, numbers in ``store``.
         lengths: tokens of each, at most those of the record, which is cut.
         tasks: their numbers.
         n_supervised: supervised tokens of each.
@@ -75,8 +75,8 @@ class ConcatTable(TokenTable):
 
     Args:
         store: holds the records, each of which ends with its eos.
-        records: ``int64 [records]``, numbers in ``store``, in the order of the stream.
-        tasks: ``int64 [records]``, their numbers.
+        records: ``int32 [records]``, numbers in ``store``, in the order of the stream.
+        tasks: ``int32 [records]``, their numbers.
         width: tokens of a row, at least 3, as rows of 2 could leave one of a single token.
     """
 

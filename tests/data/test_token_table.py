@@ -40,7 +40,7 @@ def test_a_row_is_the_record_with_a_mask_of_its_spans() -> None:
     ids, supervised = table.row(1)
     assert ids.tolist() == ONE.input_ids and supervised.tolist() == ONE.supervised
     assert table.lengths.tolist() == [2, 5] and table.tasks.tolist() == [3, 1] and table.n_supervised.tolist() == [1, 2]
-    assert {values.dtype.name for values in (table.lengths, table.tasks, table.n_supervised)} == {"int64"}
+    assert {values.dtype.name for values in (table.lengths, table.tasks, table.n_supervised)} == {"int32"}
 
 
 @pytest.mark.parametrize(("length", "expected"), [(5, [0, 1, 0, 0, 1]), (4, [0, 1, 0, 0]), (2, [0, 1]), (1, [0])])
