@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mft_lightning.data.admission import TaskReport
 from mft_lightning.data.datamodule import MFTDataModule
-from mft_lightning.data.sampling import TaskDraws
+from mft_lightning.data.plan import Plan
 from mft_lightning.model.build import count_parameters
 from mft_lightning.model.module import MFTModule
 from mft_lightning.screen import Grid, labelled, shown
@@ -47,7 +47,7 @@ def run_plan(
                 ("model", f"{shown(Path(module.source.path))} ({module.source.init}), {module.peft_type or 'full'}"),
                 ("parameters", f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.2%})"),
                 ("batch", batch_line(datamodule)),
-                *([("sampling", sampling_line(plan.draws, datamodule.task_names))] if plan.draws else []),
+                *([("sampling", sampling_line(plan, datamodule.task_names))] if plan.draws else []),
                 ("loss", module.weighted_loss_mode),
                 (
                     "steps",
@@ -81,7 +81,7 @@ def batch_line(datamodule: MFTDataModule) -> str:
         said = f"{sizes.total} {unit} a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}"
     else:
         mean = len(plan.lengths) / plan.steps_per_epoch
-        said = f"up to {sizes.tokens:,} tokens a step, {mean:.1f} {unit} on average, in "
+        said = f"up to {sizes.tokens:,} tokens a step ({plan.fill:.1%} filled), {mean:.1f} {unit} on average, in "
         if sizes.per_device is None:
             said += f"{sizes.accumulation} micro-batch(es)"
         else:
@@ -90,13 +90,17 @@ def batch_line(datamodule: MFTDataModule) -> str:
     return f"{said}, {rows}, up to {datamodule.policy.seq_length} tokens each"
 
 
-def sampling_line(draws: TaskDraws, names: Sequence[str]) -> str:
-    """Each task's share of the draws, and how often an epoch sees each of its conversations."""
+def sampling_line(plan: Plan, names: Sequence[str]) -> str:
+    """Each task's share of the draws, how often an epoch sees each of its conversations, and draws without a place."""
+    draws = plan.draws
+    assert draws is not None
     total = sum(draws.per_epoch)
     parts = [
         f"{name} {drawn / total:.1%} ({drawn / len(members):.2f} times an epoch)"
         for name, drawn, members in zip(names, draws.per_epoch, draws.members, strict=True)
     ]
+    if plan.sizes.tokens is not None:
+        parts.append(f"{plan.left_out:,} of {total:,} draws left out of the first epoch for want of room")
     return ", ".join(parts)
 
 

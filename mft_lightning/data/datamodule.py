@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from functools import cached_property
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from mft_lightning.data.admission import RecordPolicy, TaskReport
 from mft_lightning.data.batch_sizes import DEFAULT_PER_DEVICE, derive_batch_sizes
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.collate import MicroBatch
+from mft_lightning.data.cores import available_cores
 from mft_lightning.data.corpus import Corpus, load_corpus
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
 from mft_lightning.data.plan import Plan, deal_evaluation, limit_per_task
@@ -42,7 +42,8 @@ class MFTDataModule(L.LightningDataModule):
         data_paths: task directories, a list or the string "[a,b,c]"; the last part of a path is the task's name.
         tokenizer_path: directory or hub id of the tokenizer.
         valid_data_paths: a separate validation set, directories named as the tasks; instead of a validation share.
-        data_split: percentages "train,valid,test" of each task, shuffled by the seed. Default "95,5,0".
+        data_split: percentages "train,valid,test" of each task, or a list of them, shuffled by the seed. Default
+            "95,5,0".
         tokenize_mode: "sft" learns from bot turns only, "pretrain" from every token.
         padding_mode: "pack" lays conversations end to end without padding, isolated from each other; "padding" gives
             each a row; "concat" (pretrain only) cuts each task's token stream into rows of seq_length.
@@ -79,7 +80,7 @@ class MFTDataModule(L.LightningDataModule):
         data_paths: list[str] | str,
         tokenizer_path: str,
         valid_data_paths: list[str] | str | None = None,
-        data_split: str | None = None,
+        data_split: str | list[float] | None = None,
         tokenize_mode: Literal["sft", "pretrain"] = "sft",
         padding_mode: Literal["pack", "padding", "concat"] = "pack",
         seq_length: int = 2048,
@@ -152,7 +153,7 @@ class MFTDataModule(L.LightningDataModule):
             tokens=total_train_batch_tokens,
         )
         self.valid_batch_size = per_device_valid_batch_size or self.batch_sizes.per_device or DEFAULT_PER_DEVICE
-        self.num_workers = max(0, min(4, _cores() // 2 - 1)) if num_workers is None else num_workers
+        self.num_workers = max(0, min(4, available_cores() // 2 - 1)) if num_workers is None else num_workers
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             shipped_example(tokenizer_path),
@@ -171,7 +172,7 @@ class MFTDataModule(L.LightningDataModule):
             raise UserError("evaluation.exclude_tasks: leaves no task to evaluate. Set evaluation.strategy: none.")
         self.cache_settings = CacheSettings(
             directory=expanded(cache_dir).absolute() if cache_dir else default_cache_dir(),
-            processes=preprocessing_num_workers or _cores(),
+            processes=preprocessing_num_workers or available_cores(),
             by_contents=cache_by_contents,
         )
         self.corpora: list[Corpus] = []
@@ -321,8 +322,3 @@ class MFTDataModule(L.LightningDataModule):
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-
-def _cores() -> int:
-    """Of this machine that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

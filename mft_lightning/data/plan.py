@@ -70,6 +70,19 @@ class Plan:
         lengths = self.lengths if self.draws is None else self.draws.typical(self.lengths)
         return count_batches(lengths, self.sizes.tokens)
 
+    @cached_property
+    def fill(self) -> float:
+        """The share of a token budget that the batches of the first epoch hold on average, 0 to 1."""
+        budget = self.sizes.tokens
+        assert budget is not None
+        tokens = np.minimum(self.lengths[self.epoch(0).order], budget).sum(dtype=np.int64)
+        return float(tokens / (self.steps_per_epoch * budget))
+
+    @property
+    def left_out(self) -> int:
+        """Draws of the first epoch that its batches have no room for."""
+        return len(self.lengths) - len(self.epoch(0).order)
+
     def total_steps(self, max_epochs: int | None, max_steps: int | None) -> int:
         """Optimizer steps of a run that ends at whichever limit comes first; None and -1 are no limit.
 

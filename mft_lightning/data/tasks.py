@@ -87,14 +87,14 @@ def find_validation_tasks(paths: Sequence[str] | str | None, tasks: Sequence[Tas
     return found
 
 
-def parse_shares(data_split: str) -> tuple[float, float, float]:
-    """``"95,5,0"`` as shares of train, valid and test that sum to 1.
+def parse_shares(data_split: str | Sequence[float]) -> tuple[float, float, float]:
+    """``"95,5,0"`` or ``[95, 5, 0]`` as shares of train, valid and test that sum to 1.
 
     Raises:
         UserError: not three numbers, a negative one, or nothing to train on.
     """
     try:
-        shares = [float(part) for part in data_split.split(",")]
+        shares = [float(part) for part in (data_split.split(",") if isinstance(data_split, str) else data_split)]
     except ValueError:
         shares = []
     if len(shares) != 3 or min(shares) < 0 or not np.isfinite(sum(shares)) or shares[0] == 0:

@@ -171,6 +171,7 @@ def test_no_step_exceeds_the_budget_but_a_conversation_that_is_longer_and_stands
 def test_what_does_not_fit_of_the_draws_is_left_out_and_nothing_else_comes_in(plan: Plan, epoch: int) -> None:
     assert plan.draws is not None
     assert Counter(flat(steps(plan, epoch))) <= Counter(plan.draws.drawn(epoch).tolist())
+    assert plan.left_out == sum(plan.draws.per_epoch) - len(flat(steps(plan, 0)))
 
 
 def lognormal(count: int, longest: int = 1024) -> np.ndarray:
@@ -184,6 +185,7 @@ def test_lognormal_lengths_fill_the_budget_in_every_epoch(budget: int) -> None:
     for epoch in range(3):
         tokens = loads(plan, epoch)
         assert tokens.mean() >= 0.97 * budget and tokens.max() <= budget
+        assert epoch or plan.fill == pytest.approx(tokens.mean() / budget)
 
 
 def test_drawn_at_rates_nearly_all_is_seen_and_the_budget_filled() -> None:

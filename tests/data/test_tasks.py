@@ -96,16 +96,34 @@ def test_a_name_that_cannot_stand_in_a_tag_is_an_error(bad: str) -> None:
         ("100,0,0", (1, 0, 0)),
         (" 8 , 1 , 1 ", (0.8, 0.1, 0.1)),
         ("0.5,0.25,0.25", (0.5, 0.25, 0.25)),
+        ([90, 10, 0], (0.9, 0.1, 0)),
+        ([0.8, 0.1, 0.1], (0.8, 0.1, 0.1)),
     ],
 )
-def test_shares_are_normalised(text: str, expected: tuple[float, ...]) -> None:
+def test_shares_are_normalised(text: str | list[float], expected: tuple[float, ...]) -> None:
     assert parse_shares(text) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "95,5", "95,5,0,0", "a,b,c", "95;5;0", "95,5,", "-5,100,5", "0,50,50", "0,0,0", "nan,5,0", "inf,5,0"]
+    "bad",
+    [
+        "",
+        "95,5",
+        "95,5,0,0",
+        "a,b,c",
+        "95;5;0",
+        "95,5,",
+        "-5,100,5",
+        "0,50,50",
+        "0,0,0",
+        "nan,5,0",
+        "inf,5,0",
+        [],
+        [95, 5],
+        [0, 1, 0],
+    ],
 )
-def test_shares_that_are_not_three_percentages_are_an_error(bad: str) -> None:
+def test_shares_that_are_not_three_percentages_are_an_error(bad: str | list[float]) -> None:
     with pytest.raises(UserError, match=r"^data\.data_split: .*95,5,0"):
         parse_shares(bad)
 

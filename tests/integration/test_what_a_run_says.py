@@ -71,11 +71,14 @@ def test_the_start_of_a_run_by_tokens_at_rates(
     rates = ("--data.task_sampling", "{text_to_code: 1, code_explanation: 2, unit_tests: 1}")
     fit(tmp_path / "run", *tokens, *rates, "--trainer.max_steps", "2")
     said = labels(capsys.readouterr().out)
-    assert re.match(
-        r"up to 2,000 tokens a step, \d\d\.\d conversations on average, in micro-batches of 8, ", said["batch"]
+    filled = re.match(
+        r"up to 2,000 tokens a step \((\d\d\.\d)% filled\), \d\d\.\d conversations on average, in micro-batches of 8, ",
+        said["batch"],
     )
+    assert filled and 97 <= float(filled[1]) <= 100
     assert said["sampling"].split(", ")[0] == "text_to_code 25.0% (0.52 times an epoch)"
     assert "code_explanation 50.0% (1.55 times an epoch)" in said["sampling"]
+    assert re.search(r", [\d,]+ of [\d,]+ draws left out of the first epoch for want of room$", said["sampling"])
     again = ("--ckpt_path", "last", "--data.padding_mode", "padding")
     again += ("--data.per_device_train_batch_size", "null", "--data.gradient_accumulation_steps", "2")
     fit(tmp_path / "run", *tokens, *rates, *again, "--trainer.max_steps", "4")
