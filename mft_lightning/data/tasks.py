@@ -49,9 +49,11 @@ def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list
 
     Raises:
         UserError: two directories with one task name, names that differ in capitals alone, which not every file
-            system tells apart, or a name that cannot stand in a metric's tag.
+            system tells apart, one directory by two names, as each splits it for itself and one would be evaluated on
+            what the other is trained on, or a name that cannot stand in a metric's tag.
     """
     tasks: dict[str, Task] = {}
+    named: dict[str, str] = {}
     for path in parse_paths(paths, key):
         directory = expanded(shipped_example(path))
         name = Path(os.path.normpath(directory.absolute())).name  # of the path as given, also where it is a link
@@ -63,6 +65,12 @@ def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list
             but = "" if other.name == name else ", but for capitals"
             raise UserError(f"{key}: {other.directory} and {directory} both name the task {name!r}{but}. Rename one.")
         tasks[name.casefold()] = Task(name, directory)
+        where = os.path.realpath(directory)
+        if where in named:
+            raise UserError(
+                f"{key}: the tasks {named[where]!r} and {name!r} are one directory, {where}. Leave one out."
+            )
+        named[where] = name
     return list(tasks.values())
 
 

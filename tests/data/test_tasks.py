@@ -211,11 +211,18 @@ def test_records_are_shuffled_before_the_split() -> None:
 
 
 def test_a_linked_directory_s_task_has_the_name_it_is_given_by(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
     for name in ("alpha", "beta"):
-        (tmp_path / name).symlink_to(tmp_path / "data")
+        (tmp_path / f"{name}-1").mkdir()
+        (tmp_path / name).symlink_to(tmp_path / f"{name}-1")
     found = find_tasks([str(tmp_path / "alpha"), str(tmp_path / "beta") + "/"])
     assert [task.name for task in found] == ["alpha", "beta"]
+
+
+def test_one_directory_by_two_names_is_an_error_that_names_both(tmp_path: Path) -> None:
+    (tmp_path / "alpha").mkdir()
+    (tmp_path / "beta").symlink_to(tmp_path / "alpha")
+    with pytest.raises(UserError, match=r"^data\.data_paths: the tasks 'beta' and 'alpha' are one directory, .*alpha"):
+        find_tasks([str(tmp_path / "beta"), str(tmp_path / "alpha")])
 
 
 def test_names_that_yaml_reads_as_numbers_are_names() -> None:
