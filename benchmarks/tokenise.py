@@ -26,8 +26,9 @@ import psutil
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # of the library; our processes turn it off for themselves
 
-from mft_lightning.data.lines import read_lines, task_files
+from mft_lightning.data.lines import read_lines
 from mft_lightning.data.records import parse_record
+from mft_lightning.data.task_files import find_files
 from mft_lightning.data.tasks import Task, find_tasks
 
 if TYPE_CHECKING:  # a process that encodes imports this file again, and transformers is not what is timed
@@ -40,9 +41,7 @@ CHUNK = 1 << 20  # bytes of text that the library sees at once, as ours does
 
 
 def make_corpus(directory: Path, sources: list[str], mib: int) -> Task:
-    lines = [
-        line.raw for task in find_tasks(sources) for file in task_files(task.directory) for line in read_lines(file)
-    ]
+    lines = [line.raw for task in find_tasks(sources) for file in find_files(task).data for line in read_lines(file)]
     draw = random.Random(0)
     for number in range(9):
         size = (mib << 20) // (2 if number == 0 else 16)
@@ -63,7 +62,7 @@ def library_seconds(chat_format: ChatFormat, task: Task, cores: int) -> float:
         return time.perf_counter() - start
 
     os.environ["RAYON_NUM_THREADS"] = str(cores)
-    for file in task_files(task.directory):
+    for file in find_files(task).data:
         for line in read_lines(file):
             found = [segment.text for segment in chat_format.segments(parse_record(line.raw))]
             texts += found
@@ -88,7 +87,7 @@ def speed(options: argparse.Namespace, task: Task) -> bool:
     from mft_lightning.data.tokenizer import load_tokenizer
 
     chat_format = ChatFormat(load_tokenizer(options.tokenizer))
-    size = sum(file.stat().st_size for file in task_files(task.directory)) / 1e6
+    size = sum(file.stat().st_size for file in find_files(task).data) / 1e6
     ours, theirs = [], []
     for _ in range(options.repeats):
         theirs.append(library_seconds(chat_format, task, options.cores))

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from mft_lightning.commands.figures import require_matplotlib
 from mft_lightning.commands.plots import write_plots
-from mft_lightning.commands.report import first_left_out, left_out
+from mft_lightning.commands.report import left_out, notes
 from mft_lightning.data.admission import ADMITTED
 from mft_lightning.data.balance import token_balance
 from mft_lightning.data.chat_encoder import ROLE_END, ROLE_START, Encoded, marker
@@ -192,7 +192,7 @@ def _say_table(surveys: list[TaskSurvey]) -> None:
         differing = f"{found.differing:,}" + (f" of first {found.compared:,}" if found.compared < readable else "")
         rows.append([report.task, *counts, share, *lengths, differing, left_out(report)])
     say(Grid([*columns, "one string", "left out"], rows, left=("left out",)))
-    say(*first_left_out([found.report for found in surveys]))
+    say(*notes([found.report for found in surveys]))
 
 
 def _legend(colour: bool) -> Text:

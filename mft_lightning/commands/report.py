@@ -117,7 +117,7 @@ def task_table(reports: Sequence[TaskReport]) -> Lines:
         ]
         for report in reports
     ]
-    return [Grid(columns, rows, left=("left out",)), *first_left_out(reports)]
+    return [Grid(columns, rows, left=("left out",)), *notes(reports)]
 
 
 def left_out(report: TaskReport) -> str:
@@ -126,6 +126,15 @@ def left_out(report: TaskReport) -> str:
     return counts + (f"; {report.truncated:,} truncated" if report.truncated else "")
 
 
-def first_left_out(reports: Sequence[TaskReport]) -> list[str]:
-    """Where the first record of every task and reason stands."""
-    return [f"  left out of {report.task}, first: {first}" for report in reports for first in report.first_of.values()]
+def notes(reports: Sequence[TaskReport]) -> list[str]:
+    """Where the first record of every task and reason that is left out stands, and what was not read at all."""
+    first = [f"  left out of {report.task}, first: {first}" for report in reports for first in report.first_of.values()]
+    return first + [
+        f"  not read of {report.task}: {_some(report.unread)}; its data are *.jsonl, *.jsonl.gz and *.jsonl.zst files"
+        for report in reports
+        if report.unread
+    ]
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

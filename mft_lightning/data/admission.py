@@ -32,7 +32,7 @@ class RecordPolicy:
 
 @dataclass
 class TaskReport:
-    """Counts of one task: what is kept in each split and what is not, by reason."""
+    """Counts of one task: what is kept in each split and what is not, by reason; names that are no data files."""
 
     task: str
     records: int = 0
@@ -43,6 +43,7 @@ class TaskReport:
     dropped: Counter[str] = field(default_factory=Counter)
     bad: int = 0
     first_of: dict[str, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from mft_lightning.data.admission import (
     refuse_share,
 )
 from mft_lightning.data.chat_encoder import Encoded
+from mft_lightning.data.task_files import find_files
 from mft_lightning.data.tasks import SPLITS, Task, split_records
 from mft_lightning.data.token_cache import TokenCache
 from mft_lightning.data.token_store import EncodedFile, TokenStore
@@ -150,7 +151,7 @@ def load_corpus(
         count = sum(len(batch) for file in found for batch in file.batches)
         if not count:
             names = ", ".join(file.source.name for file in found)
-            raise UserError(f"data.data_paths: task {task.name!r} is empty ({task.directory}: {names}).")
+            raise UserError(f"{task.key}: task {task.name!r} is empty ({task.directory}: {names}).")
         files += found
         first.append(first[-1] + count)
     admission = admit(TokenStore(files), policy, pretrain=pretrain)
@@ -162,4 +163,6 @@ def load_corpus(
         admission.report(task.name, code, slice(start, start + len(code)))
         for task, code, start in zip(tasks, codes, first, strict=False)
     ]
+    for task, report in zip(tasks, reports, strict=True):
+        report.unread = find_files(task).unread
     return Corpus(tasks, numbers, np.array(first), np.concatenate(codes), admission, reports)

@@ -19,6 +19,7 @@ from mft_lightning.data.corpus import Corpus, load_corpus
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
 from mft_lightning.data.plan import Plan, deal_evaluation, limit_per_task
 from mft_lightning.data.sampling import parse_task_sampling
+from mft_lightning.data.task_files import check_files
 from mft_lightning.data.tasks import (
     SPLITS,
     find_tasks,
@@ -202,6 +203,7 @@ class MFTDataModule(L.LightningDataModule):
             UserError: what cannot be read, and the first refused record, if it stops there.
         """
         if not self.corpora:
+            check_files([*self.tasks, *self.valid_tasks])
             cache = TokenCache(self.cache_settings, self.chat_format)
             for tasks, shares in ((self.tasks, self.shares), (self.valid_tasks, (0.0, 1.0, 0.0))):
                 numbers = [self.task_names.index(task.name) for task in tasks]

@@ -5,7 +5,6 @@ Worker processes import this module, so it needs neither torch nor transformers.
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +12,12 @@ from dataclasses import dataclass
 from gzip import GzipFile
 from io import BufferedReader
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 from mft_lightning.errors import UserError, first_line
 
 MAX_LINE = 8 << 20  # bytes of a line before its LF
 _BOM = b"\xef\xbb\xbf"
-_DATA_FILE = re.compile(r"(?P<plain>[^.].*\.jsonl)(\.gz|\.zst)?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -124,47 +121,3 @@ def _whole_lines(stream: Any, size: int) -> Iterator[bytes]:
             rest = (rest + piece)[: MAX_LINE + 1]
     if rest:
         yield rest
-
-
-def task_files(task_dir: Path) -> list[Path]:
-    """The data files of a task directory, by name; names that start with a dot are passed over.
-
-    Raises:
-        UserError: the directory cannot be listed or holds no data file, a data file is none (a link that leads
-            nowhere, a directory), or one name stands there both plain and compressed.
-    """
-    try:
-        names = sorted(path.name for path in task_dir.iterdir())
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        why = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"data.data_paths: {task_dir} is not a directory that can be read ({why}). "
-            "Give the task's directory of *.jsonl files."
-        ) from error
-    files: dict[str, Path] = {}
-    for name in names:
-        match = _DATA_FILE.fullmatch(name)
-        if match is None:
-            continue
-        path, plain = task_dir / name, match["plain"]
-        _refuse_no_file(path)
-        if plain in files:
-            raise UserError(
-                f"{task_dir}: {files[plain].name} and {name} have one name, as the same data would have twice. "
-                "Take one away, or rename it."
-            )
-        files[plain] = path
-    if not files:
-        found = ", ".join(names[:5]) or "nothing"
-        raise UserError(f"data.data_paths: no *.jsonl file in {task_dir} (it holds {found}).")
-    return list(files.values())
-
-
-def _refuse_no_file(path: Path) -> None:
-    try:
-        mode = path.stat().st_mode
-        why = "" if S_ISREG(mode) else "a directory" if S_ISDIR(mode) else "a pipe or a device"
-    except OSError as error:
-        why = f"{'a link: ' if path.is_symlink() else ''}{error.strerror}"
-    if why:
-        raise UserError(f"{path}: is named as a data file but is none ({why}). Mend it, or take it away.")

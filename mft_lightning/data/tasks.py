@@ -20,10 +20,11 @@ _TASK_NAME = re.compile(r"[\w][\w .+-]*")
 
 @dataclass(frozen=True)
 class Task:
-    """A directory of JSONL files; the last part of its path is the task's name."""
+    """A directory of JSONL files; the last part of its path is the task's name, ``key`` is what named it."""
 
     name: str
     directory: Path
+    key: str = "data.data_paths"
 
 
 def parse_paths(paths: Sequence[str] | str, key: str) -> list[str]:
@@ -64,7 +65,7 @@ def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list
         if other := tasks.get(name.casefold()):
             but = "" if other.name == name else ", but for capitals"
             raise UserError(f"{key}: {other.directory} and {directory} both name the task {name!r}{but}. Rename one.")
-        tasks[name.casefold()] = Task(name, directory)
+        tasks[name.casefold()] = Task(name, directory, key)
         where = os.path.realpath(directory)
         if where in named:
             raise UserError(

@@ -32,7 +32,8 @@ from mft_lightning.bars import WorkBar
 from mft_lightning.data.chat_encoder import PlainTexts
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.encoding import encode_blocks, schema
-from mft_lightning.data.lines import Block, read_blocks, task_files
+from mft_lightning.data.lines import Block, read_blocks
+from mft_lightning.data.task_files import find_files
 from mft_lightning.data.tasks import Task
 from mft_lightning.data.token_store import DamagedFile, EncodedFile, TokenStore, unwritable, write_batches
 from mft_lightning.errors import UserError
@@ -94,7 +95,7 @@ class TokenCache:
         Raises:
             UserError: a file cannot be read, changes meanwhile, or the cache cannot be written; what ``refuse`` raises.
         """
-        files = task_files(task.directory)
+        files = find_files(task).data
         source = _digest(str(task.directory.resolve()), self._encoding)
         directory = self.settings.directory / f"{task.name[:LONGEST_NAME]}-{source}"
         paths = self._paths(directory, files)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mft_lightning.data import lines
-from mft_lightning.data.lines import MAX_LINE, Block, read_blocks, read_lines, task_files
+from mft_lightning.data.lines import MAX_LINE, Block, read_blocks, read_lines
 from mft_lightning.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
@@ -260,82 +260,3 @@ def test_reading_needs_no_heavy_library() -> None:
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "mft_lightning.data.lines" in loaded
     assert not {"torch", "transformers", "numpy", "pyarrow", "lightning"} & set(loaded)
-
-
-# --- directories
-
-
-def test_task_files_are_the_jsonl_files_by_name(tmp_path: Path) -> None:
-    passed_over = ["c.json", "notes.txt", ".jsonl.swp", "._b.jsonl", ".jsonl", ".a.jsonl.zst", "d.jsonl.xz", "jsonl"]
-    for name in ["c.jsonl.zst", "b.jsonl", "a.jsonl.gz", "e.jsonl.zst.gz", *passed_over]:
-        (tmp_path / name).touch()
-    (tmp_path / "below").mkdir()
-    (tmp_path / "b2.jsonl").symlink_to("b.jsonl")
-    assert task_files(tmp_path) == [tmp_path / name for name in ["a.jsonl.gz", "b.jsonl", "b2.jsonl", "c.jsonl.zst"]]
-
-
-def not_listed(directory: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        task_files(directory)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("missing", "No such file or directory"),
-        ("file.jsonl", "Not a directory"),
-        ("loop", "Too many levels of symbolic links"),
-        ("dangling", "No such file or directory"),
-        ("x" * 300, "File name too long"),
-        ("nul\0", "embedded null byte"),
-    ],
-)
-def test_a_task_directory_that_is_none_is_an_error_that_names_it(tmp_path: Path, name: str, why: str) -> None:
-    (tmp_path / "file.jsonl").touch()
-    (tmp_path / "loop").symlink_to("loop")
-    (tmp_path / "dangling").symlink_to("missing")
-    message = not_listed(tmp_path / name)
-    assert f"{tmp_path / name} is not a directory that can be read ({why}). Give the task's directory" in message
-
-
-def test_a_directory_that_may_not_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    assert f"{tmp_path} is not a directory that can be read (Permission denied)" in not_listed(tmp_path)
-
-
-def test_a_task_directory_without_jsonl_is_an_error_that_says_what_it_holds(tmp_path: Path) -> None:
-    assert f"no *.jsonl file in {tmp_path} (it holds nothing)" in not_listed(tmp_path)
-    (tmp_path / "train.json").touch()
-    (tmp_path / "._a.jsonl").touch()
-    assert "(it holds ._a.jsonl, train.json)" in not_listed(tmp_path)
-
-
-@packed
-def test_a_data_file_that_is_none_is_told_not_passed_over(tmp_path: Path, name: str) -> None:
-    (tmp_path / "good.jsonl").touch()
-    file = tmp_path / name
-    for why, make in {
-        "a directory": file.mkdir,
-        "a link: No such file or directory": lambda: file.symlink_to("gone"),
-        "a link: Too many levels of symbolic links": lambda: file.symlink_to(name),
-        "a pipe or a device": lambda: os.mkfifo(file),
-    }.items():
-        make()
-        assert f"{file}: is named as a data file but is none ({why})" in not_listed(tmp_path)
-        if why == "a directory":
-            file.rmdir()
-        else:
-            file.unlink()
-
-
-@pytest.mark.parametrize(
-    ("one", "other"), [("a.jsonl", "a.jsonl.gz"), ("a.jsonl", "a.jsonl.zst"), ("a.jsonl.gz", "a.jsonl.zst")]
-)
-def test_one_name_plain_and_compressed_is_an_error_that_names_both(tmp_path: Path, one: str, other: str) -> None:
-    for name in [one, other, "b.jsonl"]:
-        (tmp_path / name).touch()
-    assert f"{tmp_path}: {one} and {other} have one name" in not_listed(tmp_path)

@@ -225,7 +225,7 @@ def test_a_file_that_changed_while_another_process_held_the_lock_is_encoded_as_i
 def test_a_file_that_is_taken_away_is_told(
     small_tokenizer: Tokenizer, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for when in ["task_files", "read_blocks"]:
+    for when in ["find_files", "read_blocks"]:
         write(task.directory, a=lines(60), b=lines(70, 60))
         with (
             after(monkeypatch, when, (task.directory / "b.jsonl").unlink),

@@ -159,3 +159,27 @@ def test_a_cache_that_can_only_be_read_serves_what_it_holds(
 
     monkeypatch.setattr(token_cache, "_locked", refuse)
     assert prepare()[0] == 0 and encoded == []
+
+
+def test_what_is_wrong_with_a_later_task_is_told_before_an_earlier_one_is_tokenised(
+    prepare: Callable[..., tuple[int, str, str]], write_task: Callable[..., str], encoded: list[str], tmp_path: Path
+) -> None:
+    good, valid = write_task("good", [GOOD] * 4), str(tmp_path / "gone" / "good")
+    (tmp_path / "bad").mkdir()
+    code, _, told = prepare("--data.data_paths", f"[{good},{tmp_path / 'bad'}]")
+    assert code != 0 and "data.data_paths: no *.jsonl file in" in told
+    code, _, told = prepare(
+        "--data.data_paths", f"[{good}]", "--data.data_split", "null", "--data.valid_data_paths", f"[{valid}]"
+    )
+    assert code != 0 and f"data.valid_data_paths: {valid} is not a directory" in told
+    assert not encoded
+
+
+def test_files_that_look_like_data_and_are_not_read_are_told(
+    prepare: Callable[..., tuple[int, str, str]], write_task: Callable[..., str]
+) -> None:
+    task = write_task("some", [GOOD] * 40)
+    for number in range(7):
+        (Path(task) / f"{number}.json").touch()
+    code, said, _ = prepare("--data.data_paths", f"[{task}]")
+    assert code == 0 and "not read of some: 0.json, 1.json, 2.json, 3.json, 4.json and 2 more; its data are" in said
