@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import signal
 import threading
 from array import array
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -22,32 +22,20 @@ import pyarrow as pa
 from mft_lightning.data.chat_encoder import ChatEncoder, Segment
 from mft_lightning.data.lines import Block
 from mft_lightning.data.records import BadRecord, parse_record
+from mft_lightning.data.token_store import schema, unwritable
 from mft_lightning.errors import UserError
 
 WAITING = 3  # blocks that are read ahead for each process, so that none waits for its next one
 
 
-def schema(id_type: str) -> pa.Schema:
-    """The columns of a batch, a row for every line that is not blank.
-
-    ``line`` is its number in the file, ``input_ids`` its tokens and ``spans`` the flat ``[start, end, …]`` places of
-    those that are supervised; of a line that is no usable conversation, ``reason`` and ``detail`` instead.
-    """
-    ids = pa.list_(pa.field("item", pa.type_for_alias(id_type), nullable=False))
-    spans = pa.list_(pa.field("item", pa.int32(), nullable=False))
-    return pa.schema(
-        [
-            pa.field("line", pa.int64(), nullable=False),
-            pa.field("input_ids", ids, nullable=False),
-            pa.field("spans", spans, nullable=False),
-            pa.field("reason", pa.string()),
-            pa.field("detail", pa.string()),
-        ]
-    )
+def digest_of(input_ids: Sequence[int], spans: Sequence[int]) -> int:
+    """Tells records apart that differ in a token or its supervision: 64 bits, whatever the machine and the id type."""
+    told = np.array([len(input_ids), *input_ids, *spans], dtype="<u4")
+    return int.from_bytes(hashlib.blake2b(told.data, digest_size=8).digest(), "little")
 
 
 def encode_block(block: Block, encoder: ChatEncoder, id_type: str) -> pa.RecordBatch:
-    """Every line of a block as a row of :func:`schema`, in order; none is left out.
+    """Every line of a block as a row of :func:`~mft_lightning.data.token_store.schema`, in order; none is left out.
 
     Args:
         block: whole lines of a file.
@@ -66,11 +54,12 @@ def encode_block(block: Block, encoder: ChatEncoder, id_type: str) -> pa.RecordB
         reasons.append(reason)
         details.append(detail)
         conversations.append(segments)
-    ids, spans = array("H" if id_type == "uint16" else "I"), array("i")
+    ids, spans, digests = array("H" if id_type == "uint16" else "I"), array("i"), array("Q")
     id_ends, span_ends = array("i", [0]), array("i", [0])
     for encoded in encoder.encode_segments(conversations):
         ids.fromlist(encoded.input_ids)
         spans.fromlist(encoded.spans)
+        digests.append(digest_of(encoded.input_ids, encoded.spans))
         id_ends.append(len(ids))
         span_ends.append(len(spans))
     form = schema(id_type)
@@ -78,6 +67,7 @@ def encode_block(block: Block, encoder: ChatEncoder, id_type: str) -> pa.RecordB
         pa.array(np.asarray(numbers)),
         pa.ListArray.from_arrays(np.asarray(id_ends), pa.array(np.asarray(ids)), type=form.field("input_ids").type),
         pa.ListArray.from_arrays(np.asarray(span_ends), pa.array(np.asarray(spans)), type=form.field("spans").type),
+        pa.array(np.asarray(digests)),
         pa.array(reasons, pa.string()),
         pa.array(details, pa.string()),
     ]
@@ -85,7 +75,7 @@ def encode_block(block: Block, encoder: ChatEncoder, id_type: str) -> pa.RecordB
 
 
 def encode_blocks(
-    blocks: Iterable[Block], encoder: ChatEncoder, id_type: str, processes: int
+    blocks: Iterable[Block], encoder: ChatEncoder, id_type: str, processes: int, told: Path
 ) -> Generator[tuple[Block, pa.RecordBatch]]:
     """Every block with its batch, in order.
 
@@ -94,6 +84,7 @@ def encode_blocks(
         encoder: of conversations; pickled where there are several processes.
         id_type: ``uint16`` or ``uint32``.
         processes: that share the work; 1 is this one.
+        told: a file that is written for other processes to read, and removed at the end.
 
     Raises:
         UserError: a process could not be started, or was ended from outside.
@@ -103,13 +94,17 @@ def encode_blocks(
         for block in blocks:
             yield block, encode(block)
         return
-    with TemporaryDirectory(prefix="mft_lightning-", ignore_cleanup_errors=True) as directory:
-        # In a file: what a process is given at its start goes through a pipe, and where that process ends before it
-        # has read more than a pipe holds, multiprocessing waits for ever (popen_spawn_posix.py, _launch).
-        told = Path(directory) / "encoder.pickle"
-        told.write_bytes(pickle.dumps(encode))
+    # In a file: what a process is given at its start goes through a pipe, and where that process ends before it has
+    # read more than a pipe holds, multiprocessing waits for ever (popen_spawn_posix.py, _launch).
+    try:
+        try:
+            told.write_bytes(pickle.dumps(encode))
+        except OSError as error:
+            raise unwritable(told.parent, error) from error
         pool = ProcessPoolExecutor(processes, get_context("spawn"), _start_process, (told,))
         yield from _encode_in(pool, blocks, processes)
+    finally:
+        told.unlink(missing_ok=True)
 
 
 def _encode_in(

@@ -31,14 +31,14 @@ from transformers import PreTrainedTokenizerBase
 from mft_lightning.bars import WorkBar
 from mft_lightning.data.chat_encoder import PlainTexts
 from mft_lightning.data.chat_format import ChatFormat
-from mft_lightning.data.encoding import encode_blocks, schema
+from mft_lightning.data.encoding import encode_blocks
 from mft_lightning.data.lines import Block, read_blocks
 from mft_lightning.data.task_files import find_files
 from mft_lightning.data.tasks import Task
-from mft_lightning.data.token_store import DamagedFile, EncodedFile, TokenStore, unwritable, write_batches
+from mft_lightning.data.token_store import DamagedFile, EncodedFile, TokenStore, schema, unwritable, write_batches
 from mft_lightning.errors import UserError
 
-VERSION = 1  # of what a cache file holds and how it is encoded; raise it where either changes
+VERSION = 2  # of what a cache file holds and how it is encoded; raise it where either changes
 PER_PROCESS = 4 << 20  # bytes of text that are worth a process of their own
 ABANDONED = 600  # seconds after which a half-written file that nobody writes to is removed
 LONGEST_NAME = 40  # letters of a task's name that its directory shows: four bytes each, of the 255 of a file name
@@ -103,7 +103,7 @@ class TokenCache:
             with _locked(directory, task.name):
                 paths = self._paths(directory, files)  # as they are now: the lock may have taken long
                 missing = {file: path for file, path in paths.items() if not path.is_file()}
-                self._encode(task, missing, refuse)
+                self._encode(task, directory, missing, refuse)
         _remove_abandoned(directory)
         try:
             return [EncodedFile.open(path, file) for file, path in paths.items()]
@@ -130,17 +130,17 @@ class TokenCache:
             raise UserError(f"{file}: cannot be read ({error.strerror}). Give a file that can.") from error
         return _digest(file.name, status.st_size, status.st_mtime_ns)
 
-    def _encode(self, task: Task, missing: dict[Path, Path], refuse: Refuse | None) -> None:
+    def _encode(self, task: Task, directory: Path, missing: dict[Path, Path], refuse: Refuse | None) -> None:
         sizes = {file: file.stat().st_size if file.exists() else 0 for file in missing}  # what is gone is told below
         total = sum(sizes.values())
         processes = max(1, min(self.settings.processes, total // PER_PROCESS)) if self._portable else 1
         blocks = (block for file in missing for block in chain([Block(file, 1, b"", 0)], read_blocks(file)))
-        encoded = encode_blocks(blocks, self.chat_format.encoder, self._id_type, processes)
+        encoded = encode_blocks(blocks, self.chat_format.encoder, self._id_type, processes, _aside(directory))
         done = 0
         with WorkBar(f"tokenising {task.name}", total, "conversations") as bar, closing(encoded):
             by_file = groupby(encoded, key=lambda pair: pair[0].file)
             for (file, path), (_, pairs) in zip(missing.items(), by_file, strict=True):
-                aside = path.with_suffix(f".{uuid4().hex}.partial")
+                aside = _aside(directory)
                 write_batches(aside, schema(self._id_type), _watched(pairs, refuse, bar, done))
                 try:
                     if path.stem != self._fingerprint(file):
@@ -162,6 +162,11 @@ def _watched(
             refuse(TokenStore([EncodedFile(block.file, [batch])]))
         bar.reach(done + block.position, len(batch))
         yield batch
+
+
+def _aside(directory: Path) -> Path:
+    """A name for what is removed or renamed when it is done; what is left of it is removed later."""
+    return directory / f"{uuid4().hex}.partial"
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import mmap
 import os
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,6 @@ import pyarrow as pa
 
 from mft_lightning.errors import UserError
 
-DIGEST = b"digest"  # the key of a batch's metadata that tells the digest of its file so far
 AROUND = 2 << 20  # bytes that a system may map around what is read: Linux 6.18 maps a whole huge page of the page cache
 RELEASE_AFTER = 128 << 20  # bytes that are read, with those around them, before the pages are given back
 BATCH = 16 << 20  # bytes of a batch in a file: opening costs some 0.1 ms for each
@@ -27,20 +25,25 @@ class DamagedFile(Exception):
     """A cache file that does not open as what it was written as."""
 
 
-class ColumnDigest:
-    """A digest of the records of a file that does not depend on how they are cut into batches."""
+def schema(id_type: str) -> pa.Schema:
+    """The columns of a batch, a row for every line that is not blank.
 
-    def __init__(self) -> None:
-        self._ids, self._spans, self._lengths = (hashlib.sha256() for _ in range(3))
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        ids, spans = batch.column("input_ids"), batch.column("spans")
-        counts = np.stack([np.diff(ids.offsets), np.diff(spans.offsets)], axis=1)
-        for digest, values in ((self._ids, ids.flatten()), (self._spans, spans.flatten()), (self._lengths, counts)):
-            digest.update(np.asarray(values, dtype="<u4").data)
-
-    def hexdigest(self) -> str:
-        return hashlib.sha256(b"".join(part.digest() for part in (self._ids, self._spans, self._lengths))).hexdigest()
+    ``line`` is its number in the file, ``input_ids`` its tokens, ``spans`` the flat ``[start, end, …]`` places of those
+    that are supervised, and ``digest`` tells these from others; of a line that is no usable conversation there is no
+    token, but ``reason`` and ``detail``.
+    """
+    ids = pa.list_(pa.field("item", pa.type_for_alias(id_type), nullable=False))
+    spans = pa.list_(pa.field("item", pa.int32(), nullable=False))
+    return pa.schema(
+        [
+            pa.field("line", pa.int64(), nullable=False),
+            pa.field("input_ids", ids, nullable=False),
+            pa.field("spans", spans, nullable=False),
+            pa.field("digest", pa.uint64(), nullable=False),
+            pa.field("reason", pa.string()),
+            pa.field("detail", pa.string()),
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,13 @@ class EncodedFile:
 
     Attributes:
         source: the data file that the records were read from.
-        batches: of :func:`~mft_lightning.data.encoding.schema`.
-        digest: of the records.
+        batches: of :func:`schema`.
         mapped: the memory map that the batches lie in, where they lie in a file.
         path: of that file.
     """
 
     source: Path
     batches: Sequence[pa.RecordBatch]
-    digest: str = ""
     mapped: mmap.mmap | None = None
     path: Path | None = None
 
@@ -79,15 +80,16 @@ class EncodedFile:
             raise DamagedFile(f"{path}: {error}") from error
         try:
             reader = pa.ipc.open_file(pa.py_buffer(mapped))
-            found = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
-            digest = found[-1].custom_metadata[DIGEST].decode() if found else ColumnDigest().hexdigest()
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise DamagedFile(f"{path}: {error}") from error
-        return cls(source, [batch.batch for batch in found], digest, mapped, path)
+        if reader.schema not in (schema("uint16"), schema("uint32")):
+            raise DamagedFile(f"{path}: has other columns")
+        return cls(source, batches, mapped, path)
 
     def __reduce__(self) -> tuple[object, ...]:
         if self.path is None:
-            return EncodedFile, (self.source, list(self.batches), self.digest)
+            return EncodedFile, (self.source, list(self.batches))
         return EncodedFile.open, (self.path, self.source)
 
 
@@ -112,6 +114,7 @@ class TokenStore:
         self.first = np.cumsum([0, *(sum(map(len, file.batches)) for file in files)], dtype=np.int64)
         self._ids = [(_view(column.values), _view(column.offsets)) for column in _columns(batches, "input_ids")]
         self._spans = [(_view(column.values), _view(column.offsets)) for column in _columns(batches, "spans")]
+        self._digests = [_view(batch.column("digest")) for batch in batches]
         self.lengths = _joined([np.diff(offsets) for _, offsets in self._ids])
         self.n_supervised = _joined([_supervised(values, offsets) for values, offsets in self._spans])
         bad = [
@@ -147,6 +150,15 @@ class TokenStore:
         self.release()
         return _joined(ends)
 
+    def digests(self, records: np.ndarray) -> np.ndarray:
+        """What tells the tokens and the supervision of records from others, ``uint64 [records]``."""
+        batch_of = np.searchsorted(self._starts, records, side="right") - 1
+        found = np.empty(len(records), dtype=np.uint64)
+        for batch in np.unique(batch_of):
+            chosen = batch_of == batch
+            found[chosen] = self._digests[batch][records[chosen] - self._starts[batch]]
+        return found
+
     def where(self, record: int) -> tuple[Path, int]:
         """The file and line of a record."""
         batch, place = self._find(record)
@@ -177,19 +189,17 @@ class TokenStore:
         return batch, int(record - self._starts[batch])
 
 
-def write_batches(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
+def write_batches(path: Path, form: pa.Schema, batches: Iterator[pa.RecordBatch]) -> None:
     """Write a cache file and have it on the disk; nothing is left of it where that fails.
 
     Raises:
         UserError: it cannot be written.
     """
-    digest = ColumnDigest()
     try:
         with path.open("wb") as handle:
-            with pa.ipc.new_file(handle, schema) as writer:
+            with pa.ipc.new_file(handle, form) as writer:
                 for batch in _in_batches(batches):
-                    digest.add(batch)
-                    writer.write_batch(batch, custom_metadata={DIGEST: digest.hexdigest()})
+                    writer.write_batch(batch)
             handle.flush()
             os.fsync(handle.fileno())
     except BaseException as error:

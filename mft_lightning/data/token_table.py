@@ -9,6 +9,8 @@ import numpy as np
 
 from mft_lightning.data.token_store import TokenStore
 
+STRETCH = 1 << 16  # of values that a digest takes in at once
+
 
 class TokenTable(ABC):
     """Conversations, numbered from 0.
@@ -116,8 +118,12 @@ class ConcatTable(TokenTable):
         return _digest(self.store, self.records, self._bounds, self.tasks)
 
 
-def _digest(store: TokenStore, *arrays: np.ndarray) -> str:
-    found = hashlib.sha256("".join(file.digest for file in store.files).encode())
+def _digest(store: TokenStore, records: np.ndarray, *arrays: np.ndarray) -> str:
+    """Of the records' tokens in their order, not of where they stand, and of arrays, a stretch at a time."""
+    found = hashlib.sha256()
+    for start in range(0, len(records), STRETCH):
+        found.update(store.digests(records[start : start + STRETCH]).astype("<u8", copy=False).data)
     for values in arrays:
-        found.update(np.asarray(values, dtype="<i8").data)
+        for start in range(0, len(values), STRETCH):
+            found.update(values[start : start + STRETCH].astype("<i8").data)
     return found.hexdigest()[:16]

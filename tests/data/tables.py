@@ -13,10 +13,10 @@ from mft_lightning.data.admission import RecordPolicy, TaskReport
 from mft_lightning.data.chat_encoder import Encoded
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.corpus import Corpus, load_corpus
-from mft_lightning.data.encoding import schema
+from mft_lightning.data.encoding import digest_of
 from mft_lightning.data.tasks import SPLITS, Task
 from mft_lightning.data.token_cache import CacheSettings, TokenCache
-from mft_lightning.data.token_store import EncodedFile, TokenStore
+from mft_lightning.data.token_store import EncodedFile, TokenStore, schema
 from mft_lightning.data.token_table import RecordTable, TokenTable
 
 
@@ -35,7 +35,15 @@ def store_of(conversations: Sequence[Encoded], batch: int = 3) -> TokenStore:
     form = schema("uint16")
     batches = [
         pa.RecordBatch.from_pylist(
-            [{"line": 1, "input_ids": e.input_ids, "spans": e.spans} for e in conversations[start : start + batch]],
+            [
+                {
+                    "line": 1,
+                    "input_ids": e.input_ids,
+                    "spans": e.spans,
+                    "digest": digest_of(e.input_ids, e.spans),
+                }
+                for e in conversations[start : start + batch]
+            ],
             form,
         )
         for start in range(0, len(conversations), batch)

@@ -92,7 +92,8 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_whole_and_no_process_
     child.kill()
     child.communicate()
     wait_until_gone(pids)
-    assert kept(tmp_path / "cache") == {} and len(left_half_written(tmp_path / "cache")) == 1
+    assert kept(tmp_path / "cache") == {}
+    assert len(left_half_written(tmp_path / "cache")) == 2  # the file, and what its processes are told
     whole = rows(opened(cache(tmp_path / "cache", small_tokenizer), task))
     assert whole == rows(opened(cache(tmp_path / "other", small_tokenizer), task)) and len(whole) == COUNT
 
@@ -187,7 +188,8 @@ def test_files_are_read_ahead_by_a_few_blocks_only(small_tokenizer: PreTrainedTo
 
     encoder = cache(tmp_path / "cache", small_tokenizer).chat_format.encoder
     ahead = []
-    for done, (_, batch) in enumerate(encoding.encode_blocks(blocks(), encoder, "uint16", 2), start=1):
+    encoded = encoding.encode_blocks(blocks(), encoder, "uint16", 2, tmp_path / "told")
+    for done, (_, batch) in enumerate(encoded, start=1):
         assert json.loads(file.open().readline())["prompt"] == "question 0?" and len(batch)
         ahead.append(len(read) - done)
     assert len(read) > 50 and 0 < max(ahead) <= 2 * encoding.WAITING

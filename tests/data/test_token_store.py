@@ -1,11 +1,13 @@
 """Encoded files as one sequence of records: what the encoder gave, read through a map that holds no memory."""
 
+import hashlib
 import json
 import mmap
 import os
 import pickle
 import subprocess
 import sys
+from array import array
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -20,12 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from mft_lightning.data import token_store
-from mft_lightning.data.chat_encoder import Encoded
 from mft_lightning.data.chat_format import ChatFormat
-from mft_lightning.data.encoding import encode_block, schema
+from mft_lightning.data.encoding import digest_of, encode_block
 from mft_lightning.data.lines import read_blocks
 from mft_lightning.data.records import parse_record
-from mft_lightning.data.token_store import DamagedFile, EncodedFile, TokenStore, write_batches
+from mft_lightning.data.token_store import DamagedFile, EncodedFile, TokenStore, schema, write_batches
 from mft_lightning.errors import UserError
 from tests.data.caches import ROOT, cache, lines, opened, rows, write
 from tests.data.tables import masked, store_of
@@ -89,7 +90,7 @@ def test_a_file_has_few_batches_whatever_it_is_written_from(tmp_path: Path, monk
 
 def test_opening_leaves_pandas_alone_where_there_is_one(tmp_path: Path) -> None:
     (tmp_path / "pandas.py").write_text("print('imported')")
-    bad = {"line": 2, "input_ids": [], "spans": [], "reason": "bad", "detail": "is bad"}
+    bad = {"line": 2, "input_ids": [], "spans": [], "digest": 0, "reason": "bad", "detail": "is bad"}
     parts = [*store_of(CONVERSATIONS).files[0].batches, pa.RecordBatch.from_pylist([bad], schema("uint16"))]
     write_batches(tmp_path / "cached", schema("uint16"), iter(parts))
     code = (
@@ -103,41 +104,46 @@ def test_opening_leaves_pandas_alone_where_there_is_one(tmp_path: Path) -> None:
     assert found == "[3, 1, 0, 4, 0] [4] [1, 2, 3]\n"
 
 
-# --- the digest
+# --- digests
 
 
 @pytest.mark.parametrize(("id_type", "batch"), [("uint32", 3), ("uint16", 1), ("uint32", 100)])
-def test_the_digest_does_not_depend_on_batches_or_on_the_width_of_ids(tmp_path: Path, id_type: str, batch: int) -> None:
-    assert saved(tmp_path / "one").digest == saved(tmp_path / "other", id_type, batch).digest
+def test_digests_do_not_depend_on_batches_or_on_the_width_of_ids(tmp_path: Path, id_type: str, batch: int) -> None:
+    one, other = TokenStore([saved(tmp_path / "one")]), TokenStore([saved(tmp_path / "other", id_type, batch)])
+    assert digests(one) == digests(other) == [digest_of(e.input_ids, e.spans) for e in CONVERSATIONS]
+    assert one.digests(np.array([3, 0])).tolist() == [digests(one)[3], digests(one)[0]]
 
 
-def test_the_digest_does_not_depend_on_the_size_of_blocks(
-    small_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
+def test_digests_do_not_depend_on_the_size_of_blocks(small_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     file = write(tmp_path / "task", a=lines(50)).directory / "a.jsonl"
-    encoder, digests = ChatFormat(small_tokenizer).encoder, set()
+    encoder, found = ChatFormat(small_tokenizer).encoder, []
     for size in (1, 700, 1 << 20):
         batches = [encode_block(block, encoder, "uint16") for block in read_blocks(file, size)]
         write_batches(tmp_path / "cached", schema("uint16"), iter(batches))
-        digests.add(EncodedFile.open(tmp_path / "cached", file).digest)
-    assert len(digests) == 1
+        found.append(digests(TokenStore([EncodedFile.open(tmp_path / "cached", file)])))
+    assert len(set(found[0])) == 50 and found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        [masked([1, 2, 9], [0, 1, 1]), *CONVERSATIONS[1:]],
-        [masked([1, 2, 3], [0, 0, 1]), *CONVERSATIONS[1:]],
-        [masked([1, 2], [0, 1]), masked([3, 4], [1, 0]), *CONVERSATIONS[2:]],
-        CONVERSATIONS[:-1],
-        [*CONVERSATIONS, masked([], [])],
-        CONVERSATIONS[::-1],
-    ],
-    ids=["a token", "supervision", "an end", "one fewer", "one more that is empty", "the order"],
-)
-def test_the_digest_tells_other_records(tmp_path: Path, other: list[Encoded]) -> None:
-    write_batches(tmp_path / "other", schema("uint16"), iter(store_of(other).files[0].batches))
-    assert EncodedFile.open(tmp_path / "other", SOURCE).digest != saved(tmp_path / "one").digest
+TOKENS = st.lists(st.integers(0, 5), max_size=4)
+
+
+@given(TOKENS, TOKENS, TOKENS, TOKENS)
+@settings(deadline=None)
+def test_digests_are_one_where_tokens_and_supervision_are(
+    ids: list[int], spans: list[int], other_ids: list[int], other_spans: list[int]
+) -> None:
+    same = (ids, spans) == (other_ids, other_spans)
+    assert (digest_of(ids, spans) == digest_of(other_ids, other_spans)) is same
+
+
+def test_a_digest_is_the_same_everywhere() -> None:
+    told = b"".join(number.to_bytes(4, "little") for number in (3, 70_000, 2, 3, 1, 3))  # a length, ids, spans
+    expected = int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
+    assert digest_of([70_000, 2, 3], [1, 3]) == expected == digest_of(array("I", [70_000, 2, 3]), array("i", [1, 3]))
+
+
+def digests(store: TokenStore) -> list[int]:
+    return store.digests(np.arange(len(store))).tolist()
 
 
 # --- files
@@ -202,8 +208,8 @@ def test_a_file_without_its_end_or_with_nothing_or_something_else_in_it_is_damag
             continue
 
 
-def test_an_arrow_file_without_the_digest_is_damaged(tmp_path: Path) -> None:
-    form = schema("uint16")
+def test_an_arrow_file_with_other_columns_is_damaged(tmp_path: Path) -> None:
+    form = pa.schema([field for field in schema("uint16") if field.name != "digest"])
     with pa.ipc.new_file(str(tmp_path / "cached"), form) as writer:
         writer.write_batch(pa.RecordBatch.from_pylist([], form))
     with pytest.raises(DamagedFile, match="cached"):
@@ -255,6 +261,7 @@ def test_reading_every_row_of_a_large_file_holds_little_memory(tmp_path: Path) -
         pa.array(np.arange(records)),
         pa.ListArray.from_arrays(ends, pa.array(ids), type=form.field("input_ids").type),
         pa.ListArray.from_arrays(np.arange(0, 2 * records + 1, 2, dtype=np.int32), pa.array(spans), type=form[2].type),
+        pa.array(np.zeros(records, dtype=np.uint64)),
         pa.nulls(records, pa.string()),
         pa.nulls(records, pa.string()),
     ]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mft_lightning.data.token_store import EncodedFile, TokenStore
+from mft_lightning.data.token_store import TokenStore
 from mft_lightning.data.token_table import ConcatTable, RecordTable
 from tests.data.tables import masked, store_of, table_of
 
@@ -57,20 +57,21 @@ def test_rows_are_in_the_order_that_is_asked_for() -> None:
     assert [table.row(n)[0].tolist() for n in range(len(table))] == [[4, 4, 4], ONE.input_ids]
 
 
-def test_the_digest_tells_tables_apart_by_records_lengths_tasks_and_files() -> None:
-    store = TokenStore([EncodedFile(file.source, file.batches, "made") for file in store_of([ONE, ONE]).files])
-    other = TokenStore([EncodedFile(file.source, file.batches, "other") for file in store.files])
-    zero, five = np.array([0]), np.array([5])
+def test_the_digest_is_of_what_the_rows_are_and_not_of_where_they_stand() -> None:
+    store, zero, five = store_of([ONE, TWO, ONE]), np.array([0]), np.array([5])
+    both = np.array([0, 1])
     tables = [
         RecordTable(store, zero, five, zero, five),
         RecordTable(store, zero + 1, five, zero, five),
         RecordTable(store, zero, five - 1, zero, five),
         RecordTable(store, zero, five, zero + 1, five),
-        RecordTable(other, zero, five, zero, five),
+        RecordTable(store, both, both + 1, both, both),
+        RecordTable(store, both[::-1], both + 1, both, both),
         ConcatTable(store, zero, zero, 5),
     ]
     assert len({table.digest for table in tables}) == len(tables)
-    assert tables[0].digest == RecordTable(store, zero, five.astype(np.int32), zero, five).digest
+    alike = RecordTable(store_of([TWO, ONE], batch=1), zero + 1, five.astype(np.int32), zero, five)
+    assert tables[0].digest == alike.digest == RecordTable(store, zero + 2, five, zero, five).digest
 
 
 # --- streams

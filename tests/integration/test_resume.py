@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mft_lightning.cli import main
+from mft_lightning.data.tasks import parse_shares, split_records
 from tests.integration.conftest import ROOT, checkpoints, command, everything, metrics, same_weights, user_environment
 
 EPOCH_OF_FOUR = ("--data.total_train_batch_size", "300", "--data.per_device_train_batch_size", "75")
@@ -117,6 +118,20 @@ def test_resuming_something_else_is_refused(
 ) -> None:
     run = fit(tmp_path / "run", "--trainer.max_steps", "2")
     assert message in refused(run, *words, "--ckpt_path", "last")
+
+
+def test_a_changed_training_conversation_is_refused_and_a_changed_validation_conversation_is_not(
+    fit: Callable[..., Path], refused: Callable[..., str], write_task: Callable[..., str], tmp_path: Path
+) -> None:
+    records = [{"prompt": f"What is {number} + 1?", "answer": f"{number + 1}"} for number in range(60)]
+    split = split_records(60, parse_shares("90,10,0"), 42, "sums")
+    words = ["--data.data_paths", f"[{write_task('sums', records)}]", "--data.data_split", "90,10,0"]
+    run = fit(tmp_path / "run", *words, "--trainer.max_steps", "2")
+    changed = {"answer": "another answer"}
+    write_task("sums", [record | changed if code else record for record, code in zip(records, split, strict=True)])
+    fit(run, *words, "--trainer.max_steps", "4", "--ckpt_path", "last")
+    write_task("sums", [record if code else record | changed for record, code in zip(records, split, strict=True)])
+    assert "training tokens (digest) was" in refused(run, *words, "--trainer.max_steps", "6", "--ckpt_path", "last")
 
 
 def test_a_directory_that_holds_another_run_takes_no_checkpoint_from_elsewhere(
