@@ -21,7 +21,8 @@ from rich.text import Text
 
 GAP = 2  # columns between those of a table
 _WIDE = 10_000  # columns of what is no terminal, so that nothing is folded or cut in a file or a pipe
-_LINE_BREAKS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+# Separators that some break lines at, and halves of characters, which stand for bytes of a file name that are no UTF-8.
+_ESCAPED = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029, *range(0xD800, 0xE000))}
 # control characters, line separators, and marks that turn the direction of what follows
 _CONTROL = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
 
@@ -110,8 +111,8 @@ def say(*lines: str | Text | Grid) -> None:
 
 
 def json_line(value: object) -> str:
-    """JSON as text that every reader takes for one line: separators that some break lines at are escaped."""
-    return json.dumps(value, ensure_ascii=False).translate(_LINE_BREAKS)
+    """JSON as text that every reader takes for one line and every encoding of Unicode can write."""
+    return json.dumps(value, ensure_ascii=False).translate(_ESCAPED)
 
 
 def labelled(lines: Sequence[tuple[str, str]]) -> list[Text]:

@@ -53,10 +53,13 @@ def _write_skipped(datamodule: MFTDataModule, file: Path) -> None:
     if not any(report.bad for corpus in datamodule.corpora for report in corpus.reports):
         return
     aside = file.with_name(f".{file.name}.tmp")
-    with aside.open("w", encoding="utf-8") as handle:
-        for corpus in datamodule.corpora:
-            handle.writelines(f"{json_line(record)}\n" for record in corpus.skipped())
-    aside.replace(file)
+    try:
+        with aside.open("w", encoding="utf-8") as handle:
+            for corpus in datamodule.corpora:
+                handle.writelines(f"{json_line(record)}\n" for record in corpus.skipped())
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def fit(argv: list[str]) -> None:

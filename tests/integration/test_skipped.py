@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,3 +46,16 @@ def test_without_bad_records_there_is_no_list(
     task = write_task("some", [GOOD] * 40)
     output = fit(tmp_path / "run", "--data.data_paths", f"[{task}]", "--trainer.max_steps", "1")
     assert not (output / "skipped.jsonl").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no file name that is not Unicode")
+def test_a_file_name_that_is_no_unicode_is_listed_and_nothing_is_left_beside_the_list(
+    fit: Callable[..., Path], write_task: Callable[..., str], tmp_path: Path
+) -> None:
+    task = Path(write_task("some", [GOOD] * 40))
+    (task / os.fsdecode(b"caf\xe9.jsonl")).write_text("nope\n")
+    words = ["--data.data_paths", f"[{task}]", "--data.on_bad_record", "skip", "--trainer.max_steps", "1"]
+    output = fit(tmp_path / "run", *words)
+    (record,) = skipped(output)
+    assert os.fsencode(str(record["file"])) == os.fsencode(task) + b"/caf\xe9.jsonl"
+    assert not list(output.glob(".*"))
