@@ -183,3 +183,28 @@ def test_files_that_look_like_data_and_are_not_read_are_told(
         (Path(task) / f"{number}.json").touch()
     code, said, _ = prepare("--data.data_paths", f"[{task}]")
     assert code == 0 and "not read of some: 0.json, 1.json, 2.json, 3.json, 4.json and 2 more; its data are" in said
+
+
+@pytest.mark.parametrize("name", ["prepare", "inspect"])
+def test_what_the_model_cannot_take_is_told_before_anything_is_tokenised(
+    tmp_path: Path,
+    example_tasks: list[str],
+    tiny_model: Path,
+    encoded: list[str],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    words = ["--config", str(ROOT / "configs" / "full.yaml"), "--data.cache_dir", str(tmp_path / "cache")]
+    words += ["--data.data_paths", str(example_tasks), "--model.pretrained_model_path", str(tiny_model)]
+    for refused, message in {
+        ("--data.seq_length", "100000"): "data.seq_length: 100000 is more than the",
+        (
+            "--data.task_weights",
+            "[1, 2, 3]",
+            "--model.weighted_loss_mode",
+            "case1",
+        ): "data.task_weights: model.weighted",
+    }.items():
+        assert main([name, *words, *refused]) == 1
+        assert message in capsys.readouterr().err
+    assert not encoded
