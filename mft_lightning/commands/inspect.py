@@ -152,8 +152,12 @@ def _print_tables(datamodule: MFTDataModule, choice: Choice) -> list[TaskSurvey]
         if number and tasks:
             say("", "validation directories")
         told.append([survey(corpus, task, datamodule.chat_format) for task in tasks])
-        _say_table(told[-1])
-    say("", "length: tokens of a conversation, those included that are left out or cut as too long")
+        _say_table(told[-1], datamodule.policy.unit)
+    if datamodule.policy.concat:
+        say("", f"rows: records end to end, cut at {datamodule.policy.seq_length} tokens; a row's first is not learned")
+        say("length: tokens of a record")
+    else:
+        say("", "length: tokens of a conversation, those included that are left out or cut as too long")
     say("one string: conversations that would be encoded otherwise if the whole text were tokenised at once")
     return told[0]
 
@@ -178,10 +182,10 @@ def _print_conversations(datamodule: MFTDataModule, choice: Choice) -> None:
         say("", f"page {choice.page} of {max(1, math.ceil(total / (choice.limit or PAGE)))}, {total:,} conversations")
 
 
-def _say_table(surveys: list[TaskSurvey]) -> None:
+def _say_table(surveys: list[TaskSurvey], unit: str) -> None:
     if not surveys:
         return
-    columns = ("task", "conversations", "tokens", "supervised", "share", "length median", "p90", "p99", "max")
+    columns = ("task", unit, "tokens", "supervised", "share", "length median", "p90", "p99", "max")
     rows = []
     for found in surveys:
         report = found.report

@@ -69,7 +69,8 @@ def task_results(
     mean = ["mean over tasks", "", "", _number((before or {}).get(f"{prefix}/loss"))]
     rows.append([*mean, _number(metrics.get(f"{prefix}/loss")), "", "", ""])
     used = [number for number in range(len(COLUMNS)) if any(row[number] for row in rows)]
-    return Grid([COLUMNS[number] for number in used], [[row[number] for number in used] for row in rows])
+    titles = [datamodule.policy.unit if name == "conversations" else name for name in COLUMNS]
+    return Grid([titles[number] for number in used], [[row[number] for number in used] for row in rows])
 
 
 def run_summary(output_dir: Path, tensorboard_dir: Path, settings: CheckpointSettings, go_on: str) -> Lines:

@@ -75,8 +75,7 @@ def _fast_bfloat16() -> bool:
 
 def batch_line(datamodule: MFTDataModule) -> str:
     """What a step holds, and the micro-batches it is cut into."""
-    sizes, plan, concat = datamodule.batch_sizes, datamodule.plan, datamodule.policy.concat
-    unit = "rows" if concat else "conversations"
+    sizes, plan, unit = datamodule.batch_sizes, datamodule.plan, datamodule.policy.unit
     if sizes.tokens is None:
         said = f"{sizes.total} {unit} a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}"
     else:
@@ -86,7 +85,13 @@ def batch_line(datamodule: MFTDataModule) -> str:
             said += f"{sizes.accumulation} micro-batch(es)"
         else:
             said += f"micro-batches of {sizes.per_device}"
-    rows = "packed end to end" if datamodule.packed else "cut from each task's stream" if concat else "padded rows"
+    rows = (
+        "packed end to end"
+        if datamodule.packed
+        else "cut from each task's stream"
+        if datamodule.policy.concat
+        else "padded rows"
+    )
     return f"{said}, {rows}, up to {datamodule.policy.seq_length} tokens each"
 
 

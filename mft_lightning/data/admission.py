@@ -29,10 +29,18 @@ class RecordPolicy:
     max_skipped_share: float
     concat: bool = False
 
+    @property
+    def unit(self) -> str:
+        """What is trained on, in the plural."""
+        return "rows" if self.concat else "conversations"
+
 
 @dataclass
 class TaskReport:
-    """Counts of one task: what is kept in each split and what is not, by reason; names that are no data files."""
+    """Counts of one task: what is kept in each split and what is not, by reason; names that are no data files.
+
+    With ``concat`` it is rows that are counted as ``conversations``, and as supervised all their tokens but the first.
+    """
 
     task: str
     records: int = 0
@@ -91,13 +99,20 @@ class Admission:
         """
         outcome, lengths, supervised = self.outcome[records], self.lengths[records], self.n_supervised[records]
         admitted = outcome == ADMITTED
-        counts = np.bincount(codes[admitted], minlength=len(SPLITS))
+        counts, tokens = (
+            np.bincount(codes[admitted], weights=weights, minlength=len(SPLITS)).astype(np.int64)
+            for weights in (None, lengths[admitted])
+        )
+        learned = int(supervised[admitted].sum(dtype=np.int64))
+        if self.policy.concat:
+            counts = -(-tokens // self.policy.seq_length)
+            learned = int((tokens - counts).sum())
         report = TaskReport(
             task,
             records=len(outcome),
             conversations=dict(zip(SPLITS, counts.tolist(), strict=True)),
-            tokens=int(lengths[admitted].sum(dtype=np.int64)),
-            supervised_tokens=int(supervised[admitted].sum(dtype=np.int64)),
+            tokens=int(tokens.sum()),
+            supervised_tokens=learned,
             truncated=int((admitted & (lengths < self.store.lengths[records])).sum()),
             bad=int((outcome == BAD).sum()),
         )

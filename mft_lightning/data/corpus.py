@@ -85,6 +85,8 @@ class Corpus:
         task = int(np.searchsorted(self.first, number, side="right")) - 1
         length = int(admission.lengths[number])
         ids, spans = store.row(number)
+        if admission.policy.concat:  # a record's first token comes after the one before, but at the start of a row
+            spans = np.array([0, length])
         spans = np.minimum(spans, length).reshape(-1, 2)
         file, line = store.where(number)
         reason, detail = admission.why_not(number) or (None, None)

@@ -17,7 +17,7 @@ from mft_lightning.data import token_cache
 from mft_lightning.data.admission import RecordPolicy, TaskReport
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.lines import read_blocks
-from mft_lightning.data.tasks import Task, parse_shares
+from mft_lightning.data.tasks import SPLITS, Task, parse_shares
 from mft_lightning.data.token_table import TokenTable
 from mft_lightning.errors import UserError
 from tests.data.tables import loaded, split_tables
@@ -299,3 +299,25 @@ def test_max_skipped_share_is_held_by_each_task_alone(small_tokenizer: PreTraine
     with pytest.raises(UserError, match="task 'dirty': 1 of 2"):
         judged = policy(max_skipped_share=0.05)
         loaded([clean, dirty], ALL_TRAIN, ChatFormat(small_tokenizer), judged, tmp_path / "cache")
+
+
+@given(words=st.lists(st.integers(1, 40), min_size=1, max_size=30), width=st.integers(3, 50), seed=st.integers(0, 9))
+@settings(deadline=None, max_examples=40)
+def test_counts_of_streams_are_those_of_the_rows_they_are_cut_into(
+    small_tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+    words: list[int],
+    width: int,
+    seed: int,
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("streams")
+    task = write_task(tmp_path / "some", [json.dumps({"text": f"{seed} word" + " x" * count}) for count in words])
+    form = ChatFormat(small_tokenizer, tokenize_mode="pretrain")
+    rule = policy(seq_length=width, concat=True)
+    corpus = loaded([task], parse_shares("60,30,10"), form, rule, tmp_path / "cache")
+    tables = {split: corpus.table(split) for split in SPLITS}
+    (report,) = corpus.reports
+    assert report.conversations == {split: len(table) for split, table in tables.items()}
+    assert report.tokens == sum(int(table.lengths.sum()) for table in tables.values())
+    assert report.supervised_tokens == sum(int(table.n_supervised.sum()) for table in tables.values())
+    assert corpus.record(0).encoded.supervised == [1] * len(corpus.record(0).input_ids)
