@@ -130,7 +130,7 @@ def _parse_json(raw: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BadRecord("not-utf8", f"is not UTF-8 (byte {error.start} of the line)") from error
     except json.JSONDecodeError as error:
-        what = _STRANGE.get(error.doc[error.pos : error.pos + 1], error.msg)
+        what = _STRANGE.get(error.doc[error.pos : error.pos + 1], error.msg.removesuffix(" at"))
         raise BadRecord("invalid-json", f"is not valid JSON ({what} at column {error.colno}){hint}") from error
     except ValueError as error:  # a number with more digits than Python converts
         raise BadRecord("invalid-json", f"is not valid JSON ({error})") from error

@@ -104,9 +104,14 @@ def chat(*items: bytes) -> bytes:
 
 BAD = {
     "cut off": (b'{"prompt": "q", "answer": ', "invalid-json", "not valid JSON"),
+    "cut off in a string": (
+        b'{"prompt": "q", "answer": "a',
+        "invalid-json",
+        "(Unterminated string starting at column 27)",
+    ),
     "single quotes": (b"{'prompt': 'q'}", "invalid-json", "column 2"),
     "two objects in a line": (b'{"text": "a"} {"text": "b"}', "invalid-json", "column 15"),
-    "raw control character": (b'{"text": "a\x01"}', "invalid-json", "column"),
+    "raw control character": (b'{"text": "a\x01"}', "invalid-json", "(Invalid control character at column 12)"),
     "BOM inside the file": (BOM + b'{"text": "a"}', "invalid-json", "BOM"),
     "nested deeply": (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid-json", "nested too deeply"),
     "latin-1": ('{"text": "é"}'.encode("latin-1"), "not-utf8", "byte 10"),
