@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from mft_lightning.data.chat_encoder import ChatEncoder, PlainTexts
@@ -59,8 +60,22 @@ class ChatFormat(ChatEncoder):
             if tokenizer.convert_tokens_to_ids(token) in self.encode_texts([token])[0]:
                 raise UserError(
                     f"tokenizer: {token!r} written in a conversation would become a control token. "
-                    "Mark it as a special added token in tokenizer.json."
+                    + self._remedy(token)
                 )
+
+    def _remedy(self, token: str) -> str:
+        """What keeps a control token out of plain text: its mark, unless the model itself makes the token of text."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            marked = Tokenizer.from_str(backend.to_str())
+            marked.add_special_tokens([token])
+            if marked.token_to_id(token) not in PlainTexts(marked.to_str())([token])[0]:
+                return "Mark it as a special added token in tokenizer.json."
+        chosen = {self.tokenizer.pad_token: "data.pad_token", self.tokenizer.eos_token: "data.eos_token"}
+        other = f", or another token as {chosen[token]}" if token in chosen else ""
+        return (
+            f"The tokenizer's own model makes it of plain text, marked as special or not. Use another tokenizer{other}."
+        )
 
     @property
     def encoder(self) -> ChatEncoder:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mft_lightning.data.chat_encoder import Encoded
@@ -361,8 +362,33 @@ def test_a_tokenizer_that_reads_its_eos_out_of_plain_text_is_refused(
     file.write_text(json.dumps(saved), encoding="utf-8")
     broken = PreTrainedTokenizerFast(tokenizer_file=str(file))
     broken.eos_token = "<|endoftext|>"
-    with pytest.raises(UserError, match="would become a control token"):
+    with pytest.raises(UserError, match=r"would become a control token\. Mark it as a special added token"):
         ChatFormat(broken)
+
+
+@pytest.mark.parametrize(
+    ("leaking", "advice"),
+    [
+        ("<s>", "Use another tokenizer."),
+        ("</s>", "Use another tokenizer, or another token as data.eos_token."),
+        ("<pad>", "Use another tokenizer, or another token as data.pad_token."),
+    ],
+)
+def test_a_control_token_that_is_a_piece_of_the_model_is_refused_although_it_is_marked(
+    leaking: str, advice: str
+) -> None:
+    scores = {"<s>": -90.0, "</s>": -90.0, "<pad>": -90.0} | {leaking: -1.0}  # a piece that spelling out would not beat
+    letters = dict.fromkeys("</>spad", -5.0)
+    unigram = Tokenizer(models.Unigram([("<unk>", -99.0), *scores.items(), *letters.items()], unk_id=0))
+    unigram.add_special_tokens(list(scores))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=unigram, **names)
+    with pytest.raises(UserError) as caught:
+        ChatFormat(made)
+    assert str(caught.value) == (
+        f"tokenizer: {leaking!r} written in a conversation would become a control token. The tokenizer's own model "
+        f"makes it of plain text, marked as special or not. {advice}"
+    )
 
 
 def test_a_saved_tokenizer_renders_the_same(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
