@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,23 +50,23 @@ def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list
     """The tasks that ``paths`` name, in order.
 
     Raises:
-        UserError: two directories with one task name, names that differ in capitals alone, which not every file
-            system tells apart, one directory by two names, as each splits it for itself and one would be evaluated on
-            what the other is trained on, or a name that cannot stand in a metric's tag.
+        UserError: two directories with one task name, names that differ in capitals or Unicode normalisation alone,
+            which not every file system tells apart, one directory by two names, as each splits it for itself and one
+            would be evaluated on what the other is trained on, or a name that cannot stand in a metric's tag.
     """
     tasks: dict[str, Task] = {}
     named: dict[str, str] = {}
     for path in parse_paths(paths, key):
         directory = expanded(shipped_example(path))
         name = Path(os.path.normpath(directory.absolute())).name  # of the path as given, also where it is a link
-        if not _TASK_NAME.fullmatch(name):
+        if not _TASK_NAME.fullmatch(_without_marks(name)):
             raise UserError(
                 f"{key}: {name!r} is no good task name. Use letters, digits, '_', '-', '.', '+' and spaces."
             )
-        if other := tasks.get(name.casefold()):
-            but = "" if other.name == name else ", but for capitals"
+        if other := tasks.get(_for_a_file_system(name)):
+            but = _difference(other.name, name)
             raise UserError(f"{key}: {other.directory} and {directory} both name the task {name!r}{but}. Rename one.")
-        tasks[name.casefold()] = Task(name, directory, key)
+        tasks[_for_a_file_system(name)] = Task(name, directory, key)
         where = os.path.realpath(directory)
         if where in named:
             raise UserError(
@@ -73,6 +74,29 @@ def find_tasks(paths: Sequence[str] | str, key: str = "data.data_paths") -> list
             )
         named[where] = name
     return list(tasks.values())
+
+
+def _without_marks(name: str) -> str:
+    """A name without the combining marks on its letters: accents on their own, vowel signs of Indic scripts."""
+    kept = ""
+    for sign in name:
+        if not (kept[-1:].isalpha() and unicodedata.category(sign) in ("Mn", "Mc")):
+            kept += sign
+    return kept
+
+
+def _for_a_file_system(name: str) -> str:
+    """What is equal for names that a file system may take for one."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def _difference(one: str, other: str) -> str:
+    if one == other:
+        return ""
+    if one.casefold() == other.casefold():
+        return ", but for capitals"
+    same = unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
+    return ", but for " + ("" if same else "capitals and ") + "how its accents are encoded (Unicode NFC or NFD)"
 
 
 def find_validation_tasks(paths: Sequence[str] | str | None, tasks: Sequence[Task]) -> list[Task]:

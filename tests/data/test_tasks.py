@@ -80,6 +80,35 @@ def test_names_that_a_file_system_may_take_for_one_are_an_error_that_names_both(
     assert [task.name for task in find_tasks(["Math", "physics"])] == ["Math", "physics"]
 
 
+@pytest.mark.parametrize("end", ["", "s", " 2"])
+@pytest.mark.parametrize(
+    ("one", "other", "but"),
+    [
+        ("caf\u00e9", "cafe\u0301", ", but for how its accents"),
+        ("cafe\u0301", "caf\u00e9", ", but for how its accents"),
+        ("CAF\u00c9", "cafe\u0301", ", but for capitals and how its accents"),
+        ("CAFE\u0301", "cafe\u0301", ", but for capitals. Rename"),
+        ("\u1112\u1161\u11ab", "\ud55c", ", but for how its accents"),
+    ],
+)
+def test_names_that_differ_in_normalisation_alone_are_an_error(one: str, other: str, but: str, end: str) -> None:
+    with pytest.raises(UserError) as caught:
+        find_tasks([f"a/{one}{end}", f"b/{other}{end}"])
+    assert f"a/{one}{end} and b/{other}{end} both name the task" in str(caught.value)
+    assert but in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["हिन्दी", "cafe\u0301", "e\u0323\u0301-2", "தமிழ் 1", "ภาษาไทย", "עִבְרִית"])
+def test_a_name_may_have_combining_marks_on_its_letters(name: str) -> None:
+    assert [task.name for task in find_tasks([f"data/{name}"])] == [name]
+
+
+@pytest.mark.parametrize("bad", ["\u0301a", "a \u0301", "1\u0301", "a_\u0301", "a\u20dd"])
+def test_a_combining_mark_on_no_letter_is_an_error(bad: str) -> None:
+    with pytest.raises(UserError, match=r"^data\.data_paths: .*is no good task name"):
+        find_tasks([bad])
+
+
 @pytest.mark.parametrize("bad", ["a/-x", "a/.x", "a/x:y", "a/x#y", "/", "a/x\n", "a/x*", "a/x\0", "a/\udcff"])
 def test_a_name_that_cannot_stand_in_a_tag_is_an_error(bad: str) -> None:
     with pytest.raises(UserError, match=r"^data\.data_paths: .*is no good task name"):
