@@ -1,5 +1,7 @@
 """The errors a user is meant to read: what is wrong, where, and what to do about it."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """Bad input or a setting that cannot work. The command line prints the message alone and exits with 1."""
@@ -9,6 +11,12 @@ def first_line(error: BaseException) -> str:
     """The first line of a library's message, or the error's kind where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def misread(values: Sequence[object]) -> str:
+    """What to do about names that YAML took for something else than text."""
+    names, them = ("a name", "it") if len(values) == 1 else ("names", "them")
+    return f"YAML reads {names} as {', '.join(map(repr, values))}. Put {them} in quotes."
 
 
 class NotYetError(UserError):

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import re
 from collections.abc import Sequence, Set
 
 from jsonargparse import ArgumentParser, Namespace
 
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, misread
 
 _UNKNOWN = (
     r"unrecognized arguments: --(?P<key>[\w.]+)",
     r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'",
     r"Option '(?P<key>[\w.]+)' is not accepted",
     r"[Kk]ey '(?P<key>[\w.]+)' is not expected",
+)
+_NO_NAMES = (
+    r"key \"(?P<key>data\.data_paths|data\.valid_data_paths|evaluation\.exclude_tasks)\":"
+    r".*<class 'str'>.* value: (?P<value>.*)"
 )
 
 
@@ -40,19 +45,32 @@ def explain(message: str, known: Set[str]) -> str:
         known: all keys there are, like ``data.seq_length``.
 
     Returns:
-        An unknown key with the nearest known one; a missing one said to be missing; anything else without internals.
+        An unknown key with the nearest known one; names that YAML took for something else; a missing key said to be
+        missing; anything else without internals.
     """
     for pattern in _UNKNOWN:
         if match := re.search(pattern, message):
             found = match.groupdict()
             key = f"{found['group']}.{found['key']}" if found.get("group") else found["key"]
             return f"{key}: there is no such key.{_nearest(key, known)}"
+    if (match := re.search(_NO_NAMES, message, re.DOTALL)) and (values := _no_text(match["value"])):
+        return f"{match['key']}: {misread(values)}"
     if match := re.search(r'[Kk]ey "(?P<key>[\w.]+)":.*Got value: None$', message, re.DOTALL):
         return f"{match['key']}: is missing. Give it in a --config file or on the command line."
     message = re.sub(r"Call to compute_fn of link .*? failed: ", "", message, flags=re.DOTALL)
     message = re.sub(r'Parser key "([\w.]+)":', r"\1:", message)
     message = message.replace("typing.", "").replace("<class 'NoneType'>", "null")
     return re.sub(r"<class '(\w+)'>", r"\1", message)
+
+
+def _no_text(written: str) -> list[object]:
+    """Of a value as Python writes it, or of a list of such: what is no text; nothing where that is no single word."""
+    try:
+        read = ast.literal_eval(written)
+    except (ValueError, SyntaxError):
+        return []
+    values = [value for value in (read if isinstance(read, list) else [read]) if not isinstance(value, str)]
+    return values if all(value is None or isinstance(value, bool | int | float) for value in values) else []
 
 
 def _nearest(key: str, known: Set[str]) -> str:

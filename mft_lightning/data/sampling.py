@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mft_lightning.data.tasks import in_task_order
 from mft_lightning.errors import UserError
 
 KEY = "data.task_sampling"
@@ -124,13 +125,7 @@ def parse_task_sampling(setting: Any, names: Sequence[str]) -> TaskSampling:
             raise UserError(f"{KEY}: {setting['temperature']!r} is no temperature. Give a positive number.")
         return TaskSampling(temperature=float(setting["temperature"]))
     if isinstance(setting, dict):
-        setting = {str(name): rate for name, rate in setting.items()}  # YAML reads 2024 as a number
-        if set(setting) != set(names):
-            wrong = sorted(str(name) for name in set(setting) ^ set(names))
-            raise UserError(
-                f"{KEY}: give one rate for each of {', '.join(names)} (see {wrong}), or {{temperature: T}} alone."
-            )
-        values = [setting[name] for name in names]
+        values = in_task_order(setting, names, KEY, "rate", ", or {temperature: T} alone")
     elif isinstance(setting, list | tuple):
         values = list(setting)
     else:

@@ -6,13 +6,14 @@ import os
 import re
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, misread
 from mft_lightning.shipped import expanded, shipped_example
 
 SPLITS = ("train", "valid", "test")
@@ -139,6 +140,24 @@ def parse_shares(data_split: str | Sequence[float]) -> tuple[float, float, float
     return shares[0] / total, shares[1] / total, shares[2] / total
 
 
+def in_task_order(values: Mapping[Any, Any], names: Sequence[str], key: str, what: str, instead: str = "") -> list[Any]:
+    """The values of a mapping by task name, in the order of ``names``; a number (2024) may stand for the name.
+
+    Raises:
+        UserError: naming ``key`` and ``what`` is to be given, and ``instead`` of what else; a task without a value, or
+            an unknown one.
+    """
+    named = {str(name) if str(name) in names else name: value for name, value in values.items()}
+    if set(named) != set(names):
+        wrong = sorted(set(named) ^ set(names), key=str)
+        other = [name for name in wrong if not isinstance(name, str)]
+        raise UserError(
+            f"{key}: give one {what} for each of {', '.join(names)} (see {wrong}){instead}."
+            + (f" {misread(other)}" if other else "")
+        )
+    return [named[name] for name in names]
+
+
 def parse_task_weights(weights: dict[str, float] | list[float] | None, names: list[str]) -> list[float] | None:
     """Weights in the order of ``names``, scaled to mean 1; None where none are given.
 
@@ -148,13 +167,10 @@ def parse_task_weights(weights: dict[str, float] | list[float] | None, names: li
     if weights is None:
         return None
     if isinstance(weights, dict):
-        weights = {str(name): weight for name, weight in weights.items()}  # YAML reads 2024 as a number
-        if set(weights) != set(names):
-            wrong = sorted(set(weights) ^ set(names))
-            raise UserError(f"data.task_weights: give one weight for each of {', '.join(names)} (see {wrong}).")
-        values = [float(weights[name]) for name in names]
+        values = in_task_order(weights, names, "data.task_weights", "weight")
     else:
-        values = [float(weight) for weight in weights]
+        values = list(weights)
+    values = [float(value) for value in values]
     if len(values) != len(names) or not all(0 < value < float("inf") for value in values):
         raise UserError(f"data.task_weights: {weights} is not one positive number for each of {', '.join(names)}.")
     mean = sum(values) / len(values)

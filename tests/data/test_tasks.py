@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mft_lightning.data.sampling import parse_task_sampling
 from mft_lightning.data.tasks import (
     SPLITS,
     find_tasks,
@@ -255,7 +256,34 @@ def test_one_directory_by_two_names_is_an_error_that_names_both(tmp_path: Path) 
 
 
 def test_names_that_yaml_reads_as_numbers_are_names() -> None:
-    assert parse_task_weights({2024: 1.0, 2025: 3.0}, ["2024", "2025"]) == [0.5, 1.5]  # type: ignore[dict-item]
+    assert parse_task_weights({2024: 1.0, "2025": 3.0}, ["2024", "2025"]) == [0.5, 1.5]  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {False: 1, "2024-01-01": 2, 1e3: 1},
+            "(see [1000.0, '1e3', False, 'no']). YAML reads names as 1000.0, False. Put them in quotes.",
+        ),
+        (
+            {None: 1, "no": 1, "2024-01-01": 1, "1e3": 1},
+            "(see [None]). YAML reads a name as None. Put it in quotes.",
+        ),
+        ({"no": 1, "1e3": 1}, "(see ['2024-01-01'])."),
+    ],
+)
+def test_names_that_yaml_reads_as_something_else_are_told_as_they_were_read(
+    values: dict[object, float], told: str
+) -> None:
+    names = ["no", "2024-01-01", "1e3"]
+    with pytest.raises(UserError) as caught:
+        parse_task_weights(values, names)  # type: ignore[arg-type]
+    assert str(caught.value) == f"data.task_weights: give one weight for each of no, 2024-01-01, 1e3 {told}"
+    with pytest.raises(UserError) as caught:
+        parse_task_sampling(values, names)
+    told = told.replace("]).", "]), or {temperature: T} alone.")
+    assert str(caught.value) == f"data.task_sampling: give one rate for each of no, 2024-01-01, 1e3 {told}"
 
 
 def test_a_validation_directory_that_is_trained_on_is_refused(write_task: Callable[..., str], tmp_path: Path) -> None:

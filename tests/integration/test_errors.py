@@ -98,6 +98,31 @@ def test_a_setting_that_cannot_work(
 
 
 @pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("data: {data_paths: [no, a, 1e3]}", "data.data_paths: YAML reads names as False, 1000.0. Put them in quotes."),
+        ("data: {data_paths: 2024}", "data.data_paths: YAML reads a name as 2024. Put it in quotes."),
+        ("data: {valid_data_paths: [~]}", "data.valid_data_paths: YAML reads a name as None. Put it in quotes."),
+        (
+            "evaluation: {exclude_tasks: [a, on]}",
+            "evaluation.exclude_tasks: YAML reads a name as True. Put it in quotes.",
+        ),
+        ("data: {data_paths: [[a], no]}", "data.data_paths:\n  Does not validate"),
+        ("evaluation: {exclude_tasks: no}", "evaluation.exclude_tasks:\n  Expected a list"),
+        (
+            "data: {task_weights: {no: 1}}",
+            "(see [False, 'code_explanation', 'text_to_code', 'unit_tests']). YAML reads",
+        ),
+    ],
+)
+def test_names_that_yaml_reads_as_something_else(
+    refused: Callable[..., str], tmp_path: Path, written: str, message: str
+) -> None:
+    (tmp_path / "names.yaml").write_text(written)
+    assert message in refused(tmp_path / "run", "--config", str(tmp_path / "names.yaml"))
+
+
+@pytest.mark.parametrize(
     ("records", "message"),
     [
         ([GOOD, '{"prompt": "cut o'], "part.jsonl:2: is not valid JSON"),
