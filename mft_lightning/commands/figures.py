@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mft_lightning.commands.panel_names import panel_names
 from mft_lightning.data.balance import Balance
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.screen import printable
@@ -66,8 +67,9 @@ def lengths_figure(lengths: Mapping[str, np.ndarray], seq_length: int) -> Figure
     panels = figure.subplots(rows, columns, sharex=True, squeeze=False)
     edges = _edges(shown, seq_length)
     _log_axis(panels[0, 0], edges, small=columns > 3)  # of all panels; one by one would take the square of their time
-    for axes, (task, values) in zip(panels.flat, shown.items(), strict=False):
-        _lengths_panel(axes, task, np.asarray(values), seq_length, edges, columns)
+    titles = panel_names([printable(task) for task in shown], {1: 70, 2: 32, 3: 24}.get(columns, 19))
+    for axes, title, values in zip(panels.flat, titles, shown.values(), strict=False):
+        _lengths_panel(axes, title, np.asarray(values), seq_length, edges, small=columns > 3)
     for number, axes in enumerate(panels.flat):
         if number >= len(shown):
             axes.set_visible(False)
@@ -97,15 +99,13 @@ def _edges(lengths: Mapping[str, np.ndarray], seq_length: int) -> np.ndarray:
 
 
 def _lengths_panel(
-    axes: Axes, task: str, lengths: np.ndarray, seq_length: int, edges: np.ndarray, columns: int
+    axes: Axes, title: str, lengths: np.ndarray, seq_length: int, edges: np.ndarray, *, small: bool
 ) -> None:
-    small = columns > 3
     size = 7.0 if small else 8.5
     _plain(axes, size)
-    name = _shortened(printable(task), {1: 70, 2: 32, 3: 24}.get(columns, 19))
     # A task's name is text: no dollar sign in it begins a formula.
     style: dict[str, Any] = {"fontsize": size + 1, "fontweight": "bold", "parse_math": False, "fontfamily": _families()}
-    axes.set_title(name, loc="left", color=INK, pad=size * 1.9, **style)
+    axes.set_title(title, loc="left", color=INK, pad=size * 1.9, **style)
     if not len(lengths):
         axes.text(0.5, 0.5, "no conversation", transform=axes.transAxes, ha="center", color=GREY, fontsize=size + 1)
         axes.set_yticks([])
@@ -125,11 +125,6 @@ def _lengths_panel(
         share = over / len(lengths)
         told = f"{share:.1%} longer" if share >= 0.0005 else f"{over:,} longer"
         axes.set_title(told, loc="right", fontsize=size, color=VERMILLION, pad=size * 1.9)
-
-
-def _shortened(name: str, limit: int) -> str:
-    """Cut in the middle, because names of tasks often begin alike."""
-    return name if len(name) <= limit else f"{name[: (limit - 1) // 2]}…{name[-(limit // 2) :]}"
 
 
 def _lengths_handles(seq_length: int) -> list[Any]:

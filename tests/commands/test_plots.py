@@ -107,6 +107,13 @@ def test_a_name_is_text_and_shortened_in_its_middle() -> None:
     drawn(figure)
 
 
+@pytest.mark.parametrize("count", [3, 13, 40])
+def test_panels_of_tasks_with_long_names_have_titles_of_their_own(count: int) -> None:
+    names = [f"task number {i} with a long name, one of those that differ in their middle alone" for i in range(count)]
+    titles = [axes.get_title("left") for axes in panels(lengths_figure(dict.fromkeys(names, LENGTHS), 512))]
+    assert len(set(titles)) == count
+
+
 # --- balance
 
 
