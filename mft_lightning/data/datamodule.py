@@ -22,9 +22,9 @@ from mft_lightning.data.sampling import parse_task_sampling
 from mft_lightning.data.task_files import check_files
 from mft_lightning.data.tasks import (
     SPLITS,
+    find_shares,
     find_tasks,
     find_validation_tasks,
-    parse_shares,
     parse_task_weights,
 )
 from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_cache_dir
@@ -32,8 +32,6 @@ from mft_lightning.data.token_table import TokenTable
 from mft_lightning.data.tokenizer import load_tokenizer
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.shipped import expanded, shipped_example
-
-DEFAULT_SPLIT = "95,5,0"
 
 
 class MFTDataModule(L.LightningDataModule):
@@ -44,7 +42,7 @@ class MFTDataModule(L.LightningDataModule):
         tokenizer_path: directory or hub id of the tokenizer.
         valid_data_paths: a separate validation set, directories named as the tasks; instead of a validation share.
         data_split: percentages "train,valid,test" of each task, or a list of them, shuffled by the seed. Default
-            "95,5,0".
+            "95,5,0"; beside valid_data_paths "100,0,0", and none of validation, like "95,0,5".
         tokenize_mode: "sft" learns from bot turns only, "pretrain" from every token.
         padding_mode: "pack" lays conversations end to end without padding, isolated from each other; "padding" gives
             each a row; "concat" (pretrain only) cuts each task's token stream into rows of seq_length.
@@ -113,8 +111,6 @@ class MFTDataModule(L.LightningDataModule):
             raise NotYetError("data.role_tokens", role_tokens, "Use text.")
         if seq_length < 2:
             raise UserError(f"data.seq_length: {seq_length} leaves no token to predict. Give at least 2.")
-        if valid_data_paths is not None and data_split is not None:
-            raise UserError("data.valid_data_paths and data.data_split are both given. Leave one of them out.")
         if per_device_valid_batch_size is not None and per_device_valid_batch_size < 1:
             raise UserError(f"data.per_device_valid_batch_size: {per_device_valid_batch_size} is less than 1.")
         if not 0 <= max_skipped_share <= 1:
@@ -136,7 +132,7 @@ class MFTDataModule(L.LightningDataModule):
             raise UserError("data.on_overlong: with data.padding_mode: concat no record is too long. Leave it out.")
         self.tasks = find_tasks(data_paths)
         self.valid_tasks = find_validation_tasks(valid_data_paths, self.tasks)
-        self.shares = parse_shares(data_split or ("100,0,0" if self.valid_tasks else DEFAULT_SPLIT))
+        self.shares = find_shares(data_split, separate=bool(self.valid_tasks))
         self.task_weights = parse_task_weights(task_weights, self.task_names)
         self.task_sampling = parse_task_sampling(task_sampling, self.task_names)
         self.policy = RecordPolicy(
@@ -245,18 +241,25 @@ class MFTDataModule(L.LightningDataModule):
             UserError: naming the tasks and the ways on.
         """
         counts = np.bincount(self.table(split).tasks, minlength=len(self.tasks))
-        empty = [name for name, count in zip(self.task_names, counts, strict=True) if count == 0]
-        separate = bool(self.valid_tasks) and split == "valid"
-        key = "data.valid_data_paths" if separate else "data.data_split"
-        remedy = "Give it a directory with conversations" if separate else "Raise its share"
-        if split == "valid" and not separate:
-            remedy += ", give data.valid_data_paths"
-        if missing := [name for name in empty if name not in self.exclude_tasks]:
-            raise UserError(
-                f"{key}: no conversation to evaluate ({split}) is left of {', '.join(missing)}. {remedy}, or name the "
-                "task in evaluation.exclude_tasks."
-                + (" Validation can also be left out by evaluation.strategy: none." if split == "valid" else "")
-            )
+        wanted = {name: n for name, n in zip(self.task_names, counts, strict=True) if name not in self.exclude_tasks}
+        missing = [name for name, count in wanted.items() if count == 0]
+        if not missing:
+            return
+        key, ways = "data.data_split", [f"Train with a larger share for {split}"]
+        if split == "valid" and self.valid_tasks:
+            key, ways = "data.valid_data_paths", ["Give a directory with conversations"]
+        elif self.shares[SPLITS.index(split)] == 0:
+            example = "95,5,0" if split == "valid" else "95,0,5" if self.valid_tasks else "90,5,5"
+            ways = [f"Train with a share for {split}, like '{example}'"]
+        if split == "valid" and not self.valid_tasks:
+            ways.append("give data.valid_data_paths")
+        if len(missing) < len(wanted):
+            ways.append("name the task in evaluation.exclude_tasks")
+        if split == "valid":
+            ways.append("set evaluation.strategy: none to train without validations")
+        raise UserError(
+            f"{key}: no conversation to evaluate ({split}) is left of {', '.join(missing)}. {', or '.join(ways)}."
+        )
 
     @cached_property
     def plan(self) -> Plan:

@@ -17,6 +17,7 @@ from mft_lightning.errors import UserError, misread
 from mft_lightning.shipped import expanded, shipped_example
 
 SPLITS = ("train", "valid", "test")
+DEFAULT_SPLIT = "95,5,0"
 _TASK_NAME = re.compile(r"[\w][\w .+-]*")
 
 
@@ -138,6 +139,27 @@ def parse_shares(data_split: str | Sequence[float]) -> tuple[float, float, float
         )
     total = sum(shares)
     return shares[0] / total, shares[1] / total, shares[2] / total
+
+
+def find_shares(data_split: str | Sequence[float] | None, *, separate: bool) -> tuple[float, float, float]:
+    """The shares of train, valid and test: as given, or what is left to ``None``.
+
+    Args:
+        data_split: as ``parse_shares`` takes it.
+        separate: whether there are validation directories, which leave validation no share.
+
+    Raises:
+        UserError: of ``parse_shares``, or a share of validation beside its directories.
+    """
+    if data_split is None:
+        return parse_shares("100,0,0" if separate else DEFAULT_SPLIT)
+    shares = parse_shares(data_split)
+    if separate and shares[1]:
+        raise UserError(
+            f"data.data_split: {data_split!r} gives validation a share, and data.valid_data_paths directories of its "
+            "own. Make the share 0, as in '95,0,5', or leave data.data_split out (null) to train on all."
+        )
+    return shares
 
 
 def in_task_order(values: Mapping[Any, Any], names: Sequence[str], key: str, what: str, instead: str = "") -> list[Any]:
