@@ -23,8 +23,8 @@ from mft_lightning.data.chat_encoder import ROLE_END, ROLE_START, Encoded, marke
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.corpus import Corpus, Record
 from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.data.splits import SPLITS
 from mft_lightning.data.survey import TaskSurvey, survey
-from mft_lightning.data.tasks import SPLITS
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig

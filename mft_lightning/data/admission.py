@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from mft_lightning.data.tasks import SPLITS
+from mft_lightning.data.splits import SPLITS
 from mft_lightning.data.token_store import TokenStore
 from mft_lightning.errors import UserError
 

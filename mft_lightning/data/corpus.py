@@ -18,8 +18,9 @@ from mft_lightning.data.admission import (
     refuse_share,
 )
 from mft_lightning.data.chat_encoder import Encoded
+from mft_lightning.data.splits import SPLITS, split_records
 from mft_lightning.data.task_files import find_files
-from mft_lightning.data.tasks import SPLITS, Task, split_records
+from mft_lightning.data.tasks import Task
 from mft_lightning.data.token_cache import TokenCache
 from mft_lightning.data.token_store import EncodedFile, TokenStore
 from mft_lightning.data.token_table import ConcatTable, RecordTable, TokenTable

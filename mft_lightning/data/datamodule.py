@@ -19,14 +19,9 @@ from mft_lightning.data.corpus import Corpus, load_corpus
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
 from mft_lightning.data.plan import Plan, deal_evaluation, limit_per_task
 from mft_lightning.data.sampling import parse_task_sampling
+from mft_lightning.data.splits import SPLITS, find_shares, nothing_to_evaluate
 from mft_lightning.data.task_files import check_files
-from mft_lightning.data.tasks import (
-    SPLITS,
-    find_shares,
-    find_tasks,
-    find_validation_tasks,
-    parse_task_weights,
-)
+from mft_lightning.data.tasks import find_tasks, find_validation_tasks, parse_task_weights
 from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_cache_dir
 from mft_lightning.data.token_table import TokenTable
 from mft_lightning.data.tokenizer import load_tokenizer
@@ -243,23 +238,10 @@ class MFTDataModule(L.LightningDataModule):
         counts = np.bincount(self.table(split).tasks, minlength=len(self.tasks))
         wanted = {name: n for name, n in zip(self.task_names, counts, strict=True) if name not in self.exclude_tasks}
         missing = [name for name, count in wanted.items() if count == 0]
-        if not missing:
-            return
-        key, ways = "data.data_split", [f"Train with a larger share for {split}"]
-        if split == "valid" and self.valid_tasks:
-            key, ways = "data.valid_data_paths", ["Give a directory with conversations"]
-        elif self.shares[SPLITS.index(split)] == 0:
-            example = "95,5,0" if split == "valid" else "95,0,5" if self.valid_tasks else "90,5,5"
-            ways = [f"Train with a share for {split}, like '{example}'"]
-        if split == "valid" and not self.valid_tasks:
-            ways.append("give data.valid_data_paths")
-        if len(missing) < len(wanted):
-            ways.append("name the task in evaluation.exclude_tasks")
-        if split == "valid":
-            ways.append("set evaluation.strategy: none to train without validations")
-        raise UserError(
-            f"{key}: no conversation to evaluate ({split}) is left of {', '.join(missing)}. {', or '.join(ways)}."
-        )
+        if missing:
+            raise nothing_to_evaluate(
+                split, missing, self.shares, separate=bool(self.valid_tasks), others=len(missing) < len(wanted)
+            )
 
     @cached_property
     def plan(self) -> Plan:

@@ -14,7 +14,8 @@ from mft_lightning.data.chat_encoder import Encoded
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.corpus import Corpus, load_corpus
 from mft_lightning.data.encoding import digest_of
-from mft_lightning.data.tasks import SPLITS, Task
+from mft_lightning.data.splits import SPLITS
+from mft_lightning.data.tasks import Task
 from mft_lightning.data.token_cache import CacheSettings, TokenCache
 from mft_lightning.data.token_store import EncodedFile, TokenStore, schema
 from mft_lightning.data.token_table import RecordTable, TokenTable

@@ -17,7 +17,8 @@ from mft_lightning.data import token_cache
 from mft_lightning.data.admission import RecordPolicy, TaskReport
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.lines import read_blocks
-from mft_lightning.data.tasks import SPLITS, Task, parse_shares
+from mft_lightning.data.splits import SPLITS, parse_shares
+from mft_lightning.data.tasks import Task
 from mft_lightning.data.token_table import TokenTable
 from mft_lightning.errors import UserError
 from tests.data.tables import loaded, split_tables

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mft_lightning.cli import main
-from mft_lightning.data.tasks import parse_shares, split_records
+from mft_lightning.data.splits import parse_shares, split_records
 from tests.integration.conftest import ROOT, checkpoints, command, everything, metrics, same_weights, user_environment
 
 EPOCH_OF_FOUR = ("--data.total_train_batch_size", "300", "--data.per_device_train_batch_size", "75")
