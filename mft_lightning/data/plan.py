@@ -75,7 +75,7 @@ class Plan:
         """The share of a token budget that the batches of the first epoch hold on average, 0 to 1."""
         budget = self.sizes.tokens
         assert budget is not None
-        tokens = np.minimum(self.lengths[self.epoch(0).order], budget).sum(dtype=np.int64)
+        tokens = np.minimum(self.lengths[self.epoch(0).order].astype(np.int64), budget).sum()
         return float(tokens / (self.steps_per_epoch * budget))
 
     @property

@@ -188,6 +188,11 @@ def test_lognormal_lengths_fill_the_budget_in_every_epoch(budget: int) -> None:
         assert epoch or plan.fill == pytest.approx(tokens.mean() / budget)
 
 
+def test_a_budget_of_any_size_makes_one_step() -> None:
+    plan = Plan(lengths=np.full(10, 5, np.int32), sizes=BatchSizes(None, 8, None, 10**13), packed=True, seed=3)
+    assert plan.steps_per_epoch == 1 and len(plan.global_batch(0, 0)) == 10 and plan.fill == 5e-12
+
+
 def test_drawn_at_rates_nearly_all_is_seen_and_the_budget_filled() -> None:
     lengths = np.concatenate([lognormal(6000), lognormal(3000) // 4 + 1, lognormal(1000, longest=800)])
     members = tuple(np.split(np.arange(10_000), [6000, 9000]))
