@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mft_lightning.training.callbacks import EarlyStoppingSettings
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.evaluation import EvaluationSettings
 from mft_lightning.training.trainer import RunSettings, check_trainer_keys, weights_dtype
+from mft_lightning.yaml_text import as_yaml
 
 GROUPS = {
     "evaluation": EvaluationSettings,
@@ -114,7 +116,8 @@ class RunConfig(LightningCLI):
         """Write all keys of the run as YAML that ``--config`` takes again, with the output directory spelt out."""
         config = self.config.clone()
         config.output_dir, config.ckpt_path = str(self.output_dir), None
-        file.write_text(self.parser.dump(config, skip_unset=False, skip_link_targets=True))
+        keys = json.loads(self.parser.dump(config, format="json", skip_unset=False, skip_link_targets=True))
+        file.write_text(as_yaml(keys), encoding="utf-8")
 
 
 def _seed(value: bool | int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import pty
 import re
@@ -95,6 +97,19 @@ def test_sampling_from_a_file_is_kept_in_the_file_that_is_written(
     first = labels(capsys.readouterr().out)["sampling"]
     fit(tmp_path / "again", "--config", str(run / "config.yaml"), "--output_dir", str(tmp_path / "again"))
     assert labels(capsys.readouterr().out)["sampling"] == first and "times an epoch" in first
+
+
+def test_names_that_look_like_numbers_are_names_in_the_file_that_is_written(
+    fit: Callable[..., Path], write_task: Callable[..., str], tmp_path: Path
+) -> None:
+    names = ["1e3", "5E2", "2024", "no", "1.5e-3", "0x1f", "é"]
+    tasks = [write_task(name, [{"prompt": f"{name} {n}", "answer": "a"} for n in range(30)]) for name in names]
+    rates = json.dumps(dict.fromkeys(names, 1))
+    words = ["--data.data_paths", json.dumps(names), "--data.task_sampling", rates, "--trainer.max_steps", "1"]
+    with contextlib.chdir(Path(tasks[0]).parent):
+        run = fit(tmp_path / "run", *words)
+        again = ["--config", str(run / "config.yaml"), "--ckpt_path", "last", "--trainer.max_steps", "2"]
+        assert main(["fit", *again]) == 0
 
 
 def test_plain_lines_tell_the_time_left(
