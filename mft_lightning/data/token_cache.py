@@ -8,6 +8,7 @@ Nothing is removed from the cache but what was left half-written; it can be dele
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -110,9 +111,11 @@ class TokenCache:
         except DamagedFile as error:
             raise UserError(f"data.cache_dir: a file of the token cache is damaged ({error}). Delete it.") from error
         except OSError as error:
+            remedy = "Give another directory, or one that this user can read."
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                remedy = "Every data file is held open: raise the limit (ulimit -n), or join files into larger ones."
             raise UserError(
-                f"data.cache_dir: {error.filename or directory} cannot be read ({error.strerror}). "
-                "Give another directory, or one that this user can read."
+                f"data.cache_dir: {error.filename or directory} cannot be read ({error.strerror}). {remedy}"
             ) from error
 
     def _paths(self, directory: Path, files: list[Path]) -> dict[Path, Path]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -73,9 +73,7 @@ class EncodedFile:
         try:
             mapped = _mapped(path)
         except OSError as error:
-            if error.errno != errno.EMFILE or not _let_more_files_open():
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            return cls.open(path, source)
+            raise OSError(error.errno, error.strerror, str(path)) from error
         except ValueError as error:  # nothing is in it
             raise DamagedFile(f"{path}: {error}") from error
         try:
@@ -217,21 +215,21 @@ def unwritable(directory: Path, error: OSError) -> UserError:
 
 def _mapped(path: Path) -> mmap.mmap:
     with path.open("rb") as handle:
+        _leave_room()
         return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def _let_more_files_open() -> bool:
-    """Raise the number of files that this process may hold open, as every map holds one; whether that was possible."""
+def _leave_room() -> None:
+    """Let this process hold as many files open as it may: every map holds one, beside all else that a run opens."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return False
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-    if soft >= most:
-        return False
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    return True
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):  # macOS has a lower limit that it does not tell; then the usual one stays
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _columns(batches: Sequence[pa.RecordBatch], name: str) -> Iterator[pa.ListArray]:

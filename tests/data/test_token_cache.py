@@ -167,6 +167,10 @@ def test_more_files_than_a_process_may_usually_hold_open(small_tokenizer: Tokeni
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
         assert len(rows(opened(cache(tmp_path / "cache", small_tokenizer), task))) == 150
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(300, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (260, hard))
+        held = opened(cache(tmp_path / "cache", small_tokenizer), task)  # which would fit, and leave little
+        assert len(held) == 150 and resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(300, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -179,7 +183,10 @@ def test_more_files_than_a_process_may_ever_hold_open_are_told(
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
-        with pytest.raises(UserError, match=r"data\.cache_dir: .*arrow cannot be read \(Too many open files"):
+        with pytest.raises(
+            UserError,
+            match=r"data\.cache_dir: .*arrow cannot be read \(Too many open files\)\. Every data file is held",
+        ):
             opened(cache(tmp_path / "cache", small_tokenizer), task)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

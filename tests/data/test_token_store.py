@@ -104,6 +104,15 @@ def test_opening_leaves_pandas_alone_where_there_is_one(tmp_path: Path) -> None:
     assert found == "[3, 1, 0, 4, 0] [4] [1, 2, 3]\n"
 
 
+def test_records_of_a_part_of_a_batch_are_read_from_where_they_lie() -> None:
+    (whole,) = store_of(CONVERSATIONS, batch=4).files[0].batches
+    bad = pa.array([None, None, "bad", None], pa.string())
+    told = pa.RecordBatch.from_arrays([*whole.columns[:4], bad, bad], schema=whole.schema)
+    part = TokenStore([EncodedFile(SOURCE, [told.slice(1, 3)])])
+    assert rows(part) == [(one.input_ids, one.spans) for one in CONVERSATIONS[1:]]
+    assert part.unusable.tolist() == [1] and digests(part) == digests(TokenStore([EncodedFile(SOURCE, [whole])]))[1:]
+
+
 # --- digests
 
 
