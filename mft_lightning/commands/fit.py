@@ -162,7 +162,7 @@ def _check_evaluation(config: RunConfig, datamodule: MFTDataModule) -> None:
             key = "checkpoint.monitor" if monitor != "val/loss" else "early_stopping.patience"
             raise UserError(f"{key}: needs validations, but evaluation.strategy is none.")
         return
-    datamodule.check_evaluation("valid")
+    datamodule.check_evaluation("valid", in_training=True)
     evaluated = [name for name in datamodule.task_names if name not in datamodule.exclude_tasks]
     each = [f"val/{kind}/{name}" for kind in ("loss", "perplexity", "accuracy") for name in evaluated]
     if monitor not in ("val/loss", *each):

@@ -79,7 +79,7 @@ def batch_line(datamodule: MFTDataModule) -> str:
     if sizes.tokens is None:
         said = f"{sizes.total} {unit} a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}"
     else:
-        mean = len(plan.lengths) / plan.steps_per_epoch
+        mean = (len(plan.lengths) - plan.left_out) / plan.steps_per_epoch
         said = f"up to {sizes.tokens:,} tokens a step ({plan.fill:.1%} filled), {mean:.1f} {unit} on average, in "
         if sizes.per_device is None:
             said += f"{sizes.accumulation} micro-batch(es)"

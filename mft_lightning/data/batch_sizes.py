@@ -8,6 +8,7 @@ from math import ceil
 from mft_lightning.errors import UserError
 
 DEFAULT_TOTAL, DEFAULT_PER_DEVICE = 32, 8
+MOST = 2**40  # conversations or tokens of a step, above any there are
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def derive_batch_sizes(
     With ``tokens`` the conversations of a step vary: either the micro-batch is given or the number of micro-batches.
 
     Raises:
-        UserError: a number below 1, or numbers that contradict each other.
+        UserError: a number below 1 or beyond all data, or numbers that contradict each other.
     """
     given = {
         "data.total_train_batch_size": total,
@@ -53,6 +54,8 @@ def derive_batch_sizes(
     for key, value in given.items():
         if value is not None and value < 1:
             raise UserError(f"{key}: {value} is less than 1.")
+        if value is not None and value > MOST:
+            raise UserError(f"{key}: {value} is more than {MOST:,}, which no step holds.")
     if tokens is not None:
         return _token_batches(tokens, total, per_device, accumulation)
     if per_device is None and accumulation is None:

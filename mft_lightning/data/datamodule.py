@@ -229,7 +229,7 @@ class MFTDataModule(L.LightningDataModule):
         assert self.tables is not None
         return self.tables[split]
 
-    def check_evaluation(self, split: str) -> None:
+    def check_evaluation(self, split: str, *, in_training: bool = False) -> None:
         """Raise where a task that is not excluded has nothing to evaluate on.
 
         Raises:
@@ -240,7 +240,12 @@ class MFTDataModule(L.LightningDataModule):
         missing = [name for name, count in wanted.items() if count == 0]
         if missing:
             raise nothing_to_evaluate(
-                split, missing, self.shares, separate=bool(self.valid_tasks), others=len(missing) < len(wanted)
+                split,
+                missing,
+                self.shares,
+                separate=bool(self.valid_tasks),
+                others=len(missing) < len(wanted),
+                in_training=in_training,
             )
 
     @cached_property

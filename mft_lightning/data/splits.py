@@ -73,7 +73,7 @@ def split_records(count: int, shares: Sequence[float], seed: int, task: str) -> 
 
 
 def nothing_to_evaluate(
-    split: str, tasks: Sequence[str], shares: Sequence[float], *, separate: bool, others: bool
+    split: str, tasks: Sequence[str], shares: Sequence[float], *, separate: bool, others: bool, in_training: bool
 ) -> UserError:
     """What a user reads where tasks have nothing in a split, with the ways on.
 
@@ -83,6 +83,7 @@ def nothing_to_evaluate(
         shares: of the splits.
         separate: whether there are validation directories.
         others: whether there are tasks that have something.
+        in_training: whether it is a run that wants to validate, and could do without.
     """
     key, ways = "data.data_split", [f"Train with a larger share for {split}"]
     if split == "valid" and separate:
@@ -94,7 +95,7 @@ def nothing_to_evaluate(
         ways.append("give data.valid_data_paths")
     if others:
         ways.append("name the task in evaluation.exclude_tasks")
-    if split == "valid":
+    if in_training:
         ways.append("set evaluation.strategy: none to train without validations")
     return UserError(
         f"{key}: no conversation to evaluate ({split}) is left of {', '.join(tasks)}. {', or '.join(ways)}."

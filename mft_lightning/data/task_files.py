@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 
 from mft_lightning.data.tasks import Task
 from mft_lightning.errors import UserError
 
+LOOKED_AT = 1000  # files in a directory that is no data file, before it is taken for none of ours
 _DATA_FILE = re.compile(r"(?P<plain>[^.].*\.jsonl)(\.gz|\.zst)?", re.DOTALL)
-_LIKE_DATA = re.compile(r"[^.].*\.(json|jsonl|jsonlines|ndjson)(\..*)?", re.DOTALL | re.IGNORECASE)
+_LIKE_DATA = re.compile(r"[^.].*\.(json|jsonl|jsonlines|ndjson)([^a-z0-9].*)?", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -82,11 +84,11 @@ def check_files(tasks: Iterable[Task]) -> None:
 
 
 def _holds_data(path: Path) -> bool:
-    """Whether this is a directory that is not hidden and has files that look like data."""
+    """Whether this is a directory that is not hidden and has files that look like data, at any depth."""
     if path.name.startswith("."):
         return False
     try:
-        return any(_LIKE_DATA.fullmatch(inner.name) for inner in path.iterdir())
+        return any(_LIKE_DATA.fullmatch(inner.name) for inner in islice(path.rglob("*"), LOOKED_AT))
     except OSError:  # no directory, or one that is nobody's business
         return False
 

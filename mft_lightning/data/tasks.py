@@ -125,6 +125,8 @@ def in_task_order(values: Mapping[Any, Any], names: Sequence[str], key: str, wha
             an unknown one.
     """
     named = {str(name) if str(name) in names else name: value for name, value in values.items()}
+    if len(named) < len(values):
+        raise UserError(f"{key}: gives a task two values, as in {{2024: 1, '2024': 2}}. Leave one of each out.")
     if set(named) != set(names):
         wrong = sorted(set(named) ^ set(names), key=str)
         other = [name for name in wrong if not isinstance(name, str)]

@@ -64,7 +64,7 @@ def test_a_contradiction_of_two_sizes_is_not_blamed_on_a_third_that_was_not_give
     assert "Leave one of the three out" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("value", [0, -1, 10**20])
 @pytest.mark.parametrize(
     ("argument", "key"),
     [
@@ -74,9 +74,9 @@ def test_a_contradiction_of_two_sizes_is_not_blamed_on_a_third_that_was_not_give
         ("tokens", "total_train_batch_tokens"),
     ],
 )
-def test_a_size_below_one_is_an_error_that_names_the_key(argument: str, key: str, value: int) -> None:
+def test_a_size_that_no_step_has_is_an_error_that_names_the_key(argument: str, key: str, value: int) -> None:
     sizes: dict[str, int | None] = {"total": None, "per_device": None, "accumulation": None, argument: value}
-    with pytest.raises(UserError, match=rf"^data\.{key}: {value} is less than 1"):
+    with pytest.raises(UserError, match=rf"^data\.{key}: {value} is {'less than 1' if value < 1 else 'more than'}"):
         derive_batch_sizes(**sizes)
 
 

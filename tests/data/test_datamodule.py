@@ -129,7 +129,7 @@ def test_where_nothing_is_left_to_evaluate_the_ways_on_are_told(
 ) -> None:
     made = module(names, valid, data_split=data_split)
     with pytest.raises(UserError) as caught:
-        made.check_evaluation(split)
+        made.check_evaluation(split, in_training=split == "valid")
     assert str(caught.value) == f"data.{key}: no conversation to evaluate ({split}) is left of {missing}. {advice}"
 
 
@@ -138,3 +138,21 @@ def test_a_task_that_is_excluded_needs_nothing(module: Callable[..., MFTDataModu
     made.check_evaluation("test")
     with pytest.raises(UserError, match=r"\(valid\) is left of one\. Train"):
         made.check_evaluation("valid")
+
+
+def test_an_evaluation_alone_is_not_advised_to_do_without_itself(module: Callable[..., MFTDataModule]) -> None:
+    with pytest.raises(UserError) as caught:
+        module(["one"], data_split="100,0,0").check_evaluation("valid")
+    assert "evaluation.strategy" not in str(caught.value)
+
+
+def test_a_validation_file_that_is_trained_on_by_a_link_is_refused(
+    module: Callable[..., MFTDataModule],
+) -> None:
+    made = module(["one"], ["one"], data_split="100,0,0")
+    (validated,) = made.valid_tasks[0].directory.glob("*.jsonl")
+    (trained,) = made.tasks[0].directory.glob("*.jsonl")
+    validated.unlink()
+    validated.symlink_to(trained)
+    with pytest.raises(UserError, match=r"is the same file as .*, by a link"):
+        made.setup()

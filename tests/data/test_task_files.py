@@ -91,13 +91,16 @@ def test_one_name_plain_and_compressed_is_an_error_that_names_both(tmp_path: Pat
 def test_what_looks_like_data_and_is_not_read_is_found(tmp_path: Path) -> None:
     for name in ["a.jsonl", "B.JSONL", "c.json", "d.jsonl.xz", "e.ndjson", "f.jsonlines", ".g.jsonl", "notes.md"]:
         (tmp_path / name).touch()
-    for name in ["deep", "empty", ".hidden"]:
+    for name in ["h.jsonl-00001", "i.jsonl_old", "j.jsonl~", "k.jsonlx"]:
+        (tmp_path / name).touch()
+    for name in ["deep", "deep/er", "empty", ".hidden"]:
         (tmp_path / name).mkdir()
-    for name in ["deep/h.jsonl.gz", ".hidden/i.jsonl"]:
+    for name in ["deep/er/h.jsonl.gz", ".hidden/i.jsonl"]:
         (tmp_path / name).touch()
     found = find_files(Task("task", tmp_path))
     assert found.data == [tmp_path / "a.jsonl"]
-    assert found.unread == ["B.JSONL", "c.json", "d.jsonl.xz", "deep", "e.ndjson", "f.jsonlines"]
+    expected = ["B.JSONL", "c.json", "d.jsonl.xz", "deep", "e.ndjson", "f.jsonlines"]
+    assert found.unread == [*expected, "h.jsonl-00001", "i.jsonl_old", "j.jsonl~"]
 
 
 def test_errors_name_the_key_that_the_directory_came_from(tmp_path: Path) -> None:

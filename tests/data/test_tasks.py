@@ -129,6 +129,12 @@ def test_names_that_yaml_reads_as_numbers_are_names() -> None:
     assert parse_task_weights({2024: 1.0, "2025": 3.0}, ["2024", "2025"]) == [0.5, 1.5]  # type: ignore[dict-item]
 
 
+def test_two_values_for_one_task_are_an_error() -> None:
+    for parse in (parse_task_weights, parse_task_sampling):
+        with pytest.raises(UserError, match="gives a task two values"):
+            parse({2024: 1, "2024": 7, "b": 2}, ["2024", "b"])  # type: ignore[dict-item]
+
+
 @pytest.mark.parametrize(
     ("values", "told"),
     [

@@ -122,3 +122,5 @@ def test_budgets_of_a_few_conversations_are_filled_as_well(budget: int) -> None:
     assert found is not None
     loads = np.bincount(found, weights=lengths, minlength=batches)
     assert loads.min() > 0 and loads.max() <= budget and loads.mean() / budget >= 0.97
+    narrow = fill_batches((lengths << 20).astype(np.int32), budget << 20, batches, [1, 2])  # no 32 bits are overrun
+    assert narrow is not None and (narrow == found).all()
