@@ -85,13 +85,9 @@ def batch_line(datamodule: MFTDataModule) -> str:
             said += f"{sizes.accumulation} micro-batch(es)"
         else:
             said += f"micro-batches of {sizes.per_device}"
-    rows = (
-        "packed end to end"
-        if datamodule.packed
-        else "cut from each task's stream"
-        if datamodule.policy.concat
-        else "padded rows"
-    )
+    rows = "cut from each task's stream" if datamodule.policy.concat else "padded rows"
+    if datamodule.packed:
+        rows = "packed end to end"
     return f"{said}, {rows}, up to {datamodule.policy.seq_length} tokens each"
 
 
