@@ -9,9 +9,10 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
-from mft_lightning import __version__
+from mft_lightning import __version__, ranks
 from mft_lightning.errors import UserError
 
 # name -> (module:function, what it does); a command is imported only when it is called
@@ -24,6 +25,7 @@ COMMANDS = {
     "generate": ("mft_lightning.commands.generate:generate", "ask a checkpoint"),
     "merge": ("mft_lightning.commands.merge:merge", "make an adapter and its base one model"),
 }
+RANKED = ("fit", "validate", "test")  # commands that run on several processes
 NOT_YET = ("predict", "chat", "convert-config", "estimate")
 
 
@@ -34,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Processes tokenise, and a process that tokenised with threads warns at every fork of a loader's.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not ranks.is_first():  # what is said of a run is said once; errors go to standard error
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # for as long as the process lives
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of few letters shows the others by their numbers
             stream.reconfigure(errors="backslashreplace")
@@ -47,19 +51,34 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[0] == "--version":
             print(__version__)
             return 0
+        if arguments[0] in RANKED:
+            ranks.join()
         _command(arguments[0])(arguments[1:])
     except UserError as error:
-        if verbose:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        if ranks.is_first_to_fail():
+            if verbose:
+                traceback.print_exc()
+            print(f"error: {_of_rank()}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("error: interrupted.", file=sys.stderr)
+        if ranks.is_first():
+            print("error: interrupted.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         print("error: standard output was closed.", file=sys.stderr)
         return 1
+    except Exception as error:
+        if not ranks.is_first_to_fail():
+            return 1
+        if not ranks.is_lost_peer(error) or verbose:
+            raise
+        print(f"error: {_of_rank()}another rank is gone without a word. Go on with --ckpt_path last.", file=sys.stderr)
+        return 1
     return 0
+
+
+def _of_rank() -> str:
+    return "" if ranks.is_first() else f"rank {ranks.number()}: "
 
 
 def _command(name: str) -> Callable[[list[str]], None]:

@@ -1,14 +1,18 @@
 """Library chatter that says nothing about the user's run. Warnings, and reports a user asked for, are kept."""
 
 import logging
+import re
 import warnings
 
 import transformers
+
+from mft_lightning.ranks import is_first
 
 _WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # lightning/pytorch/utilities/_pytree.py in 2.6 uses a deprecated API
     r"`is_gradient_checkpointing` is deprecated.*",  # peft 0.21 asks transformers 5.23 by the old name
     r".*does not have many workers which may be a bottleneck.*",  # the plan's batches are cut from memory
+    r".*sync_dist=True.* when logging on epoch level in distributed setting.*",  # what is logged is the same everywhere
 )
 _ANNOUNCEMENTS = (
     "Seed set to",
@@ -20,6 +24,8 @@ _ANNOUNCEMENTS = (
     "Restor",
     "Loaded model weights",
     "LOCAL_RANK",
+    "Initializing distributed",
+    "-----",
 )
 
 
@@ -33,9 +39,13 @@ def quieten() -> None:
     ]:
         logging.getLogger(name).addFilter(_is_news)  # a filter is kept once, however often it is added
     transformers.utils.logging.disable_progress_bar()
+    if not is_first():  # the first rank says the same
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+        return
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().lstrip().startswith(_ANNOUNCEMENTS)
+    return not re.sub(r"^\s*(\[rank: \d+\] )?", "", record.getMessage()).startswith(_ANNOUNCEMENTS)
