@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,10 @@ from mft_lightning.model.attention import packed_row_arguments
 LOGIT_BUDGET = 512 * 2**20  # bytes of float32 logits that may stand in memory at once
 
 
-@dataclass(frozen=True)
-class SupervisedNLL:
+class SupervisedNLL(NamedTuple):
     """Sums over the supervised tokens of each of ``C`` conversations.
+
+    A tuple, because wrappers of a module look for the tensors in its output.
 
     Attributes:
         nll: summed negative log-likelihood, ``[C]``, at least float32, differentiable.
@@ -58,15 +58,19 @@ class SupervisedLM(nn.Module):
         hidden = self.hidden_states(micro)
         chosen = hidden.flatten(0, 1)[micro.predictors]
         conversations = len(micro.tasks)
-        if not len(micro.targets):  # a rank without work: no loss, but a graph that backward can run through
+        if not len(micro.targets):  # a rank without work
             return SupervisedNLL(
-                hidden.sum() * 0 + hidden.new_zeros(conversations), micro.tasks.new_zeros(conversations)
+                _no_loss(self._head(hidden)) + hidden.new_zeros(conversations), micro.tasks.new_zeros(conversations)
             )
         nll, correct = self._token_nll(chosen, micro.targets)
         return SupervisedNLL(
             nll.new_zeros(conversations).index_add(0, micro.conversation, nll),
             correct.new_zeros(conversations).index_add(0, micro.conversation, correct),
         )
+
+    def generate(self, **arguments: Any) -> Tensor:
+        """transformers' ``generate``, as a forward of this module: a sharded network gathers its weights for it."""
+        return cast(Any, self.model).generate(**arguments)
 
     def logits(self, micro: MicroBatch) -> Tensor:
         """The head's output at the micro-batch's predictors, ``[P, vocabulary]``, as the loss sees it."""
@@ -100,6 +104,11 @@ class SupervisedLM(nn.Module):
             for i in range(0, len(targets), rows)
         ]
         return torch.cat([nll for nll, _ in parts]), torch.cat([correct for _, correct in parts])
+
+
+def _no_loss(logits: Tensor) -> Tensor:
+    """Zero, with a graph through every weight: other ranks wait for the gradients of all of them."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).sum() * 0
 
 
 def _head_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
