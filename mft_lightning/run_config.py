@@ -17,7 +17,8 @@ from mft_lightning.shipped import shipped_config
 from mft_lightning.training.callbacks import EarlyStoppingSettings
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.evaluation import EvaluationSettings
-from mft_lightning.training.trainer import RunSettings, check_trainer_keys, weights_dtype
+from mft_lightning.training.layout import find_layout
+from mft_lightning.training.trainer import RunSettings, check_trainer_keys, placed, weights_dtype
 from mft_lightning.yaml_text import as_yaml
 
 GROUPS = {
@@ -42,6 +43,7 @@ class RunConfig(LightningCLI):
 
     def __init__(self, argv: list[str], prog: str, extra: dict[str, dict[str, Any]] | None = None) -> None:
         self.extra = extra or {}
+        self.command = [prog, *argv]
         super().__init__(
             MFTModule,
             MFTDataModule,
@@ -81,6 +83,9 @@ class RunConfig(LightningCLI):
         parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
         parser.link_arguments("evaluation.max_conversations_per_task", "data.max_evaluation_conversations")
         parser.link_arguments("evaluation.exclude_tasks", "data.exclude_tasks")
+        parser.link_arguments(
+            ("trainer.accelerator", "trainer.devices", "trainer.num_nodes"), "data.devices", compute_fn=_devices
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parse(parser, _with_shipped_configs(args))
@@ -91,7 +96,8 @@ class RunConfig(LightningCLI):
     def instantiate_classes(self) -> None:
         self.config_init = self.parser.instantiate(self.config)
         self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
-        self.settings = RunSettings(**{group: self.config_init[group] for group in GROUPS})
+        self.settings = RunSettings(**{group: self.config_init[group] for group in GROUPS}, command=self.command)
+        self.trainer_config = placed(self.trainer_keys(self.config_init), self.settings)
 
     @staticmethod
     def trainer_keys(config: Any) -> dict[str, Any]:
@@ -124,6 +130,10 @@ def _seed(value: bool | int) -> int:
     if isinstance(value, bool) or not 0 <= value < 2**32:
         raise UserError(f"seed_everything: {value} is no number from 0 to 2^32 - 1; a run is made again from it.")
     return value
+
+
+def _devices(accelerator: Any, devices: Any, num_nodes: int) -> int:
+    return find_layout(accelerator, devices, num_nodes).total
 
 
 def _with_shipped_configs(argv: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mft_lightning import ranks
 from mft_lightning.commands.outcome import task_results
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
@@ -11,7 +12,7 @@ from mft_lightning.training.checkpoint_dirs import check_same_run, resolve_check
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.exact_match import ExactMatch, check_exact_match
 from mft_lightning.training.stages import find_callback
-from mft_lightning.training.trainer import evaluation_trainer, refuse_several_ranks
+from mft_lightning.training.trainer import evaluation_trainer
 
 
 def validate(argv: list[str]) -> None:
@@ -35,7 +36,8 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
         checkpoint = resolve_checkpoint(config.config.ckpt_path, config.output_dir, settings.monitor, settings.mode)
         if checkpoint is None:
             raise UserError(f"--ckpt_path last: no checkpoint in {config.output_dir}.")
-    datamodule.setup(command)
+    with ranks.first_before_others("data"):
+        datamodule.setup(command)
     datamodule.check_evaluation(split)
     check_exact_match(config.settings.evaluation, datamodule)
     module.build(datamodule, random_base=str(config.output_dir / "base"))
@@ -43,10 +45,7 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
     if checkpoint is not None:
         checkpoint_io.preload(checkpoint.path)
         check_same_run(checkpoint.path, module.description)
-    trainer = evaluation_trainer(
-        config.trainer_keys(config.config_init), config.settings, checkpoint_io, config.output_dir
-    )
-    refuse_several_ranks(trainer)
+    trainer = evaluation_trainer(config.trainer_config, config.settings, checkpoint_io, config.output_dir)
     run = trainer.validate if command == "validate" else trainer.test
     run(
         module,

@@ -12,6 +12,7 @@ from typing import Any, cast
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
+from mft_lightning import ranks
 from mft_lightning.commands.outcome import run_summary, task_results
 from mft_lightning.commands.report import SKIPPED, run_plan
 from mft_lightning.data.datamodule import MFTDataModule
@@ -31,7 +32,7 @@ from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.exact_match import ExactMatch, check_exact_match
 from mft_lightning.training.stages import find_callback
-from mft_lightning.training.trainer import fit_trainer, refuse_several_ranks
+from mft_lightning.training.trainer import fit_trainer
 
 
 class WriteConfig(L.Callback):
@@ -66,13 +67,14 @@ def fit(argv: list[str]) -> None:
     """Check everything that can be wrong first, then train; nothing is written before."""
     quieten()
     config = RunConfig(argv, "fit")
-    keys = config.trainer_keys(config.config_init)
+    keys = config.trainer_config
     module, datamodule, settings = config.model, config.datamodule, config.settings
     _check_writable(config.output_dir)
     _check_writable(config.tensorboard_dir)
     resumed = _resumed(config)
     module.check(datamodule)
-    datamodule.setup("fit")
+    with ranks.first_before_others("data"):
+        datamodule.setup("fit")
     _check_evaluation(config, datamodule)
     module.build(datamodule, random_base=str(config.output_dir / "base"))
     checkpoint_io = HFCheckpointIO(module)
@@ -97,12 +99,12 @@ def fit(argv: list[str]) -> None:
         resumed_step=resumed.step if resumed else 0,
         extra_callbacks=[stop, WriteConfig(config)],
     )
-    refuse_several_ranks(trainer)
     plan = run_plan(trainer, module, datamodule, total_steps=total_steps, output_dir=config.output_dir, resumed=resumed)
     say(*plan)
     start = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)
-    _tell_outcome(config, trainer, total_steps, time.perf_counter() - start)
+    if ranks.is_first():
+        _tell_outcome(config, trainer, total_steps, time.perf_counter() - start)
     if stop.received is not None:
         say(
             f"stopped by {stop.received.name}{'' if trainer.global_step < total_steps else ' when all steps were done'}"
@@ -123,7 +125,7 @@ def _tell_outcome(config: RunConfig, trainer: L.Trainer, total_steps: int, secon
     if clock is not None and (clock.time_remaining() or 0) <= 0:
         say("stopped by the clock: trainer.max_time is over")
         go_on.append("--trainer.max_time null")
-    keys = config.trainer_keys(config.config_init)
+    keys = config.trainer_config
     go_on += _twice_as_long(keys, step, datamodule.plan.steps_per_epoch) if step >= total_steps else []
     evaluation, exact_match = find_callback(trainer, Evaluation), find_callback(trainer, ExactMatch)
     if evaluation is not None and (metrics := _validated(config, evaluation, step)):

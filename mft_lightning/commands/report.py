@@ -53,7 +53,7 @@ def run_plan(
                     "steps",
                     f"{total_steps:,} ({plan.steps_per_epoch:,} an epoch), warm-up {optim.num_warmup_steps}, {rate}",
                 ),
-                ("device", f"{trainer.num_devices} x {trainer.strategy.root_device}, precision {trainer.precision}"),
+                ("device", _device_line(trainer)),
                 ("output", shown(output_dir) + (f", going on from {resumed.path.name}" if resumed else "")),
             ]
         ),
@@ -69,6 +69,13 @@ def run_plan(
     return [*lines, ""]
 
 
+def _device_line(trainer: L.Trainer) -> str:
+    several = f" on each of {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else ""
+    name = getattr(trainer.strategy, "short_name", None)
+    how = f", {name}" if name else ""
+    return f"{trainer.num_devices} x {trainer.strategy.root_device.type}{several}{how}, precision {trainer.precision}"
+
+
 def _fast_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -78,6 +85,7 @@ def batch_line(datamodule: MFTDataModule) -> str:
     sizes, plan, unit = datamodule.batch_sizes, datamodule.plan, datamodule.policy.unit
     if sizes.tokens is None:
         said = f"{sizes.total} {unit} a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}"
+        said += f" on each of {datamodule.devices} devices" if datamodule.devices > 1 else ""
     else:
         mean = (len(plan.lengths) - plan.left_out) / plan.steps_per_epoch
         said = f"up to {sizes.tokens:,} tokens a step ({plan.fill:.1%} filled), {mean:.1f} {unit} on average, in "

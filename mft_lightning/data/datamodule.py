@@ -54,7 +54,7 @@ class MFTDataModule(L.LightningDataModule):
         task_weights: loss weight of each task (case3 and case4), a mapping by name or a list; scaled to mean 1.
         task_sampling: "proportional": every conversation once an epoch. {temperature: T}: a task of n conversations is
             drawn in proportion to n^(1/T). Or a rate for each task, a mapping by name or a list.
-        num_workers: loader processes. Default: from the cores there are, at most 4.
+        num_workers: loader processes of each device. Default: from the cores there are, at most 4.
         preprocessing_num_workers: processes that tokenise. Default: from the cores there are.
         cache_dir: where token ids are kept between runs. Default: mft_lightning/tokens in the user's cache.
         cache_by_contents: tell changed files by their bytes, which are all read then, not by size and time.
@@ -65,6 +65,7 @@ class MFTDataModule(L.LightningDataModule):
         trust_remote_code: run code that comes with the tokenizer.
         max_evaluation_conversations: at most so many conversations of each task in an evaluation. Default: all.
         exclude_tasks: tasks that are left out of evaluations.
+        devices: that share a step, of all nodes; the command line takes it from trainer.devices and trainer.num_nodes.
         seed: of the split and the shuffles.
     """
 
@@ -99,6 +100,7 @@ class MFTDataModule(L.LightningDataModule):
         trust_remote_code: bool = False,
         max_evaluation_conversations: int | None = None,
         exclude_tasks: list[str] | None = None,
+        devices: int = 1,
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -142,10 +144,12 @@ class MFTDataModule(L.LightningDataModule):
             total_train_batch_size,
             per_device_train_batch_size,
             gradient_accumulation_steps,
+            devices=devices,
             tokens=total_train_batch_tokens,
         )
         self.valid_batch_size = per_device_valid_batch_size or self.batch_sizes.per_device or DEFAULT_PER_DEVICE
-        self.num_workers = max(0, min(4, available_cores() // 2 - 1)) if num_workers is None else num_workers
+        self.devices = devices
+        self.num_workers = num_workers
         self.seed = seed
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             shipped_example(tokenizer_path),
@@ -289,7 +293,7 @@ class MFTDataModule(L.LightningDataModule):
             rank=rank,
             world=world,
         )
-        return TrainLoader(steps, self.num_workers)
+        return TrainLoader(steps, self._workers())
 
     def val_dataloader(self) -> DataLoader[MicroBatch]:
         return self._evaluation_loader("valid")
@@ -310,7 +314,14 @@ class MFTDataModule(L.LightningDataModule):
         dealt = [kept[part] for part in deal_evaluation(table.lengths[kept], self.valid_batch_size, rank, world)]
         assert self.tokenizer.pad_token_id is not None
         steps = EvaluationSteps(table, dealt, packed=self.packed, pad_id=self.tokenizer.pad_token_id)
-        return DataLoader(steps, batch_size=None, num_workers=self.num_workers)
+        return DataLoader(steps, batch_size=None, num_workers=self._workers())
+
+    def _workers(self) -> int:
+        """Loader processes of this rank, which leave each rank of this machine a core of its own."""
+        if self.num_workers is not None:
+            return self.num_workers
+        ranks = self.trainer.num_devices if self.trainer else 1
+        return max(0, min(4, available_cores() // (2 * ranks) - 1))
 
     def _place(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

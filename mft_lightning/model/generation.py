@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mft_lightning.errors import UserError
 from mft_lightning.model.adapters import has_adapters
+from mft_lightning.model.supervised_loss import SupervisedLM
+from mft_lightning.ranks import highest
 
 LEAST_TEMPERATURE = 1e-3  # logits are divided by it; much less makes them infinite
 
@@ -89,7 +92,6 @@ def room(model: Any, prompt: Sequence[int]) -> int | None:
     return None if positions is None else positions - len(prompt)
 
 
-@torch.inference_mode()
 def answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]], settings: GenerationSettings
 ) -> list[Answer]:
@@ -107,23 +109,64 @@ def answer(
     Returns:
         An answer for each prompt, in order.
     """
+    with torch.inference_mode():
+        return _answer(model, model.generate, tokenizer, prompts, settings)
+
+
+def answer_together(
+    network: SupervisedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+) -> list[Answer]:
+    """Answer this rank's prompts with a network that is sharded over the ranks; all of them must call this at once.
+
+    Every forward gathers weights, so every rank takes as many as the one with the most to do.
+
+    Args:
+        network: sharded, in evaluation mode.
+        tokenizer: as for :func:`answer`.
+        prompts: of this rank, possibly none.
+        settings: as for :func:`answer`.
+    """
+
+    def generate(**arguments: Any) -> Tensor:
+        return network.generate(**arguments, synced_gpus=True)
+
+    with torch.no_grad():  # weights that are gathered under inference_mode cannot train afterwards
+        return _answer(network.model, generate, tokenizer, prompts, settings, more=lambda rest: bool(highest(rest)))
+
+
+def _answer(
+    model: Any,
+    generate: Callable[..., Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    more: Callable[[int], bool] = bool,
+) -> list[Answer]:
+    """Round after round, while ``more`` of them are open; a longer prompt may leave those beside it too little room."""
     limits = []
     for prompt in prompts:
         left = room(model, prompt)
         limits.append(settings.max_new_tokens if left is None else min(settings.max_new_tokens, left))
-    answers = _answer_within(min(limits), model, tokenizer, prompts, settings)
+    answers: list[Answer] = [Answer([], False)] * len(prompts)
     open_ended = settings.num_beams > 1  # with more room a beam may end better that ends already
-    short = [i for i, found in enumerate(answers) if limits[i] > min(limits) and (open_ended or not found.finished)]
-    if short:  # a longer prompt beside them left less room than they have
-        again = answer(model, tokenizer, [prompts[i] for i in short], settings)
-        for i, found in zip(short, again, strict=True):
-            answers[i] = found
+    asked = list(range(len(prompts)))
+    while more(len(asked)):
+        limit = min((limits[i] for i in asked), default=1)
+        batch = [prompts[i] for i in asked] or [[tokenizer.eos_token_id]]  # another rank is not done yet
+        found = _answer_within(limit, model, generate, tokenizer, batch, settings)
+        for i, given in zip(asked, found, strict=False):
+            answers[i] = given
+        asked = [i for i in asked if limits[i] > limit and (open_ended or not answers[i].finished)]
     return answers
 
 
 def _answer_within(
     limit: int,
     model: Any,
+    generate: Callable[..., Tensor],
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
@@ -134,7 +177,7 @@ def _answer_within(
     attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     config = settings.generation_config(limit, tokenizer)
     with _alone_in_force(config, model):
-        output = model.generate(
+        output = generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=config,

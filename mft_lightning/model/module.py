@@ -25,6 +25,7 @@ from mft_lightning.model.build import (
 from mft_lightning.model.export import describe, trained_names
 from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, put_in_force
+from mft_lightning.model.parallel import gathered, gradients_kept_local
 from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.settings import CobaSettings, LoraSettings, QLoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM, SupervisedNLL
@@ -250,8 +251,9 @@ class MFTModule(L.LightningModule):
             learning_rate=self.trainer.optimizers[0].param_groups[0]["lr"],
         )
         self.last_step = result
-        for micro in head:
-            self.trainer.strategy.backward(self._micro_loss(micro, batch, result), None)
+        with gradients_kept_local(self._network):
+            for micro in head:
+                self.trainer.strategy.backward(self._micro_loss(micro, batch, result), None)
         return self._micro_loss(last, batch, result)
 
     def _micro_loss(self, micro: MicroBatch, batch: StepBatch, result: StepResult) -> Tensor:
@@ -269,9 +271,13 @@ class MFTModule(L.LightningModule):
         result.nll.index_add_(0, micro.tasks, output.nll.detach().double())
         return loss * self.trainer.world_size
 
-    def _forward(self, micro: MicroBatch) -> SupervisedNLL:
+    @property
+    def _network(self) -> SupervisedLM:
         assert self.network is not None
-        return self.network(micro)
+        return self.network
+
+    def _forward(self, micro: MicroBatch) -> SupervisedNLL:
+        return self._network(micro)
 
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Nothing: Lightning calls it between ``training_step`` and the last backward, and would clear the others'."""
@@ -282,9 +288,9 @@ class MFTModule(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the global norm, and keep the norm before clipping for the logs."""
+        """Clip by the norm of the gradient over all ranks, and keep the norm before clipping for the logs."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = gathered(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         if self.last_step is not None:
@@ -309,7 +315,7 @@ class MFTModule(L.LightningModule):
         self.sums[prefix].to(self.device).update(micro.tasks, output.nll, micro.n_supervised, output.correct)
 
     def _report(self, prefix: str) -> None:
-        sums = self.sums[prefix]
+        sums = self.sums[prefix].to(self.device)  # where ranks meet, even if this one had nothing to add
         values = {f"{prefix}/{name}": value for name, value in sums.compute().items()}
         sums.reset()
         self.log_dict(values, logger=False)  # for callbacks; the loggers get the step that the axis is defined by
@@ -319,10 +325,12 @@ class MFTModule(L.LightningModule):
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what trains: everything, or the adapter alone."""
-        assert self.network is not None
-        kept = {NETWORK + name for name in trained_names(self.network.model)}
+        kept = self.saved_names()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
+
+    def saved_names(self) -> set[str]:
+        """What a checkpoint holds of this module's state: everything, or the adapter alone."""
+        return {NETWORK + name for name in trained_names(self._network.model)}
 
     @property
     def weighs_tasks(self) -> bool:

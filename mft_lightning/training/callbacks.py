@@ -18,10 +18,13 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
+from mft_lightning import ranks
 from mft_lightning.errors import UserError
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.export import base_state, save_causal_lm
 from mft_lightning.model.module import MFTModule, StepResult
+from mft_lightning.model.parallel import gathered_state
+from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.stages import is_run_end
 
@@ -56,12 +59,19 @@ class GracefulStop(L.Callback):
         self._listen()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        trainer.should_stop = trainer.should_stop or self.received is not None
+        self._agree(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Asked during a validation: the step it belongs to is the last, and is saved."""
         if not trainer.sanity_checking:
-            trainer.should_stop = trainer.should_stop or self.received is not None
+            self._agree(trainer)
+
+    def _agree(self, trainer: L.Trainer) -> None:
+        """All ranks stop if one of them is to, by whatever reason, and all know of a signal that one received."""
+        found = ranks.highest(2 * (self.received or 0) + trainer.should_stop)
+        if found > 1:  # else leave it alone: one may have come in the meantime
+            self.received = signal.Signals(found // 2)
+        trainer.should_stop = found > 0
 
     def _listen(self) -> None:
         signal.signal(signal.SIGTERM, self._receive)
@@ -71,8 +81,8 @@ class GracefulStop(L.Callback):
         if signum == signal.SIGINT:
             if self.received is not None:
                 raise KeyboardInterrupt
-            # not by `print`, which may be what was interrupted
-            os.write(sys.stderr.fileno(), b"\nending after this step, with a checkpoint; Ctrl-C again breaks off\n")
+            if ranks.is_first():  # not by `print`, which may be what was interrupted
+                os.write(sys.stderr.fileno(), b"\nending after this step, with a checkpoint; Ctrl-C again breaks off\n")
         self.received = signal.Signals(signum)
 
 
@@ -186,12 +196,17 @@ class RandomBase(L.Callback):
         module = cast(MFTModule, pl_module)
         network = module.network
         assert network is not None
-        written = (self.directory / "config.json").is_file()
-        if written or not trainer.is_global_zero or not has_adapters(network.model):
+        written = trainer.strategy.broadcast((self.directory / "config.json").is_file())
+        if written or not has_adapters(network.model):
             return
+        state = gathered_state(base_state(network.model), keep=trainer.is_global_zero)
+        if trainer.is_global_zero:
+            self._write(module, network, state)
+
+    def _write(self, module: MFTModule, network: SupervisedLM, state: dict[str, Any]) -> None:
         aside = self.directory.with_name(f".{self.directory.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_causal_lm(network.causal_lm, base_state(network.model), aside)
+        save_causal_lm(network.causal_lm, state, aside)
         module.datamodule.tokenizer.save_pretrained(aside)
         aside.rename(self.directory)

@@ -92,7 +92,7 @@ class HFModelCheckpoint(ModelCheckpoint):
             for info in find_checkpoints(self.output_dir):
                 if info.step > trainer.global_step:
                     _supersede(info, self.output_dir / SUPERSEDED)
-        self._remember()
+        self._remember(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if self.saved_step != trainer.global_step and (self.settings.due(trainer) or self._is_new_best(trainer)):
@@ -122,7 +122,10 @@ class HFModelCheckpoint(ModelCheckpoint):
         if self.monitor is None or self.monitor not in metrics:
             return False
         here = CheckpointInfo(Path(), trainer.global_step, metrics=metrics)
-        return find_best([*find_checkpoints(self.output_dir), here], self.monitor, self.settings.mode) is here
+        best = trainer.is_global_zero and find_best(
+            [*find_checkpoints(self.output_dir), here], self.monitor, self.settings.mode
+        )
+        return trainer.strategy.broadcast(best is here)
 
     def _save(self, trainer: L.Trainer) -> None:
         path = self.output_dir / directory_name(trainer.global_step)
@@ -136,11 +139,11 @@ class HFModelCheckpoint(ModelCheckpoint):
             kept = find_checkpoints(self.output_dir)
             for info in expired(kept, self.settings.save_total_limit, self.monitor, self.settings.mode):
                 trainer.strategy.remove_checkpoint(info.path)
-        self._remember()
+        self._remember(trainer)
 
-    def _remember(self) -> None:
-        """What users of ModelCheckpoint look at: the paths of the latest and the best."""
-        checkpoints = find_checkpoints(self.output_dir)
+    def _remember(self, trainer: L.Trainer) -> None:
+        """What users of ModelCheckpoint look at: the paths of the latest and the best, as rank 0 sees them."""
+        checkpoints = trainer.strategy.broadcast(find_checkpoints(self.output_dir) if trainer.is_global_zero else [])
         self.last_model_path = str(checkpoints[-1].path) if checkpoints else ""
         best = find_best(checkpoints, self.monitor, self.settings.mode) if self.monitor else None
         self.best_model_path = str(best.path) if best else ""

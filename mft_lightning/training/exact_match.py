@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from mft_lightning import ranks
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
-from mft_lightning.model.generation import GenerationSettings, answer
+from mft_lightning.model.generation import GenerationSettings, answer, answer_together
 from mft_lightning.model.module import MFTModule
+from mft_lightning.model.parallel import is_sharded
 from mft_lightning.training.callbacks import GracefulStop
 from mft_lightning.training.evaluation import EvaluationSettings
 from mft_lightning.training.progress import RunBar
@@ -97,12 +99,17 @@ class ExactMatch(L.Callback):
         bar = bar if isinstance(bar, RunBar) else None
         if bar is not None:
             bar.start_part("answering", len(mine))
-        for start in range(0, len(mine), BATCH):
+        batches = [mine[start : start + BATCH] for start in range(0, len(mine), BATCH)]
+        for turn in range(ranks.highest(len(batches))):
             if _told_to_stop(trainer):
                 break
-            batch = mine[start : start + BATCH]
+            batch = batches[turn] if turn < len(batches) else []
+            prompts = [h.prompt for h in batch]
             with trainer.precision_plugin.forward_context():
-                found = answer(network.model, datamodule.tokenizer, [h.prompt for h in batch], settings)
+                if is_sharded(network):
+                    found = answer_together(network, datamodule.tokenizer, prompts, settings)
+                else:
+                    found = answer(network.model, datamodule.tokenizer, prompts, settings)
             for h, given in zip(batch, found, strict=True):
                 same = datamodule.chat_format.decode(given.ids) == datamodule.chat_format.decode(h.reference)
                 counts[0, h.task] += given.finished and same
@@ -122,5 +129,6 @@ class ExactMatch(L.Callback):
 
 
 def _told_to_stop(trainer: L.Trainer) -> bool:
+    """Whether any rank was; all must ask."""
     stop = find_callback(trainer, GracefulStop)
-    return stop is not None and stop.received is not None
+    return bool(ranks.highest(stop is not None and stop.received is not None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,18 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mft_lightning.errors import NotYetError, UserError
-from mft_lightning.model.parallel import ParallelSettings, refuse_several_devices
+from mft_lightning.errors import UserError
+from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.screen import console
 from mft_lightning.training.callbacks import EarlyStoppingSettings, RandomBase, StepLogging, StepSeeding
 from mft_lightning.training.checkpoint import CheckpointSettings, HFModelCheckpoint
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import NEVER, Evaluation, EvaluationSettings
 from mft_lightning.training.exact_match import ExactMatch
+from mft_lightning.training.layout import find_layout
 from mft_lightning.training.loggers import MetricsCSV, PlainLines, tensorboard_logger
 from mft_lightning.training.progress import Pace, RunBar
+from mft_lightning.training.strategies import ShardedStrategy, make_strategy
 
 WEIGHTS_DTYPE = {
     "32-true": "float32",
@@ -55,12 +58,13 @@ ELSEWHERE: dict[str, tuple[Any, str]] = {
 
 @dataclass(kw_only=True)
 class RunSettings:
-    """The groups of keys that decide what a Trainer does."""
+    """The groups of keys that decide what a Trainer does, and the words that start a further rank of the run."""
 
     evaluation: EvaluationSettings
     checkpoint: CheckpointSettings
     early_stopping: EarlyStoppingSettings
     parallel: ParallelSettings
+    command: Sequence[str] = ()
 
 
 def weights_dtype(precision: Any) -> str:
@@ -93,7 +97,6 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
         raise UserError("trainer.gradient_clip_algorithm: value is not supported; gradients are clipped by norm.")
     if keys.get("precision") == "16-mixed" and not torch.cuda.is_available():
         raise UserError("trainer.precision: 16-mixed needs a CUDA GPU. Use bf16-mixed.")
-    refuse_several_devices(keys["strategy"], keys["devices"], keys["num_nodes"])
 
 
 def fit_trainer(
@@ -190,10 +193,26 @@ def _own_bar(keys: dict[str, Any]) -> bool:
     return any(isinstance(callback, ProgressBar) for callback in _listed(keys.get("callbacks")))
 
 
-def refuse_several_ranks(trainer: L.Trainer) -> None:
-    """``trainer.devices: auto`` on a machine with several GPUs would start several ranks."""
-    if trainer.world_size > 1:
-        raise NotYetError("trainer.devices", trainer.world_size, "Set trainer.devices: 1.")
+def placed(keys: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
+    """The Trainer keys with the devices and the strategy of this run in place of what was asked for.
+
+    Raises:
+        UserError: devices or a strategy that cannot be had.
+    """
+    layout, precision = find_layout(keys["accelerator"], keys["devices"], keys["num_nodes"]), str(keys["precision"])
+    strategy = make_strategy(
+        keys["strategy"],
+        settings.parallel,
+        devices=layout.total,
+        precision=precision,
+        command=settings.command,
+    )
+    keys = {**keys, "devices": layout.devices, "num_nodes": layout.nodes, "strategy": strategy}
+    if isinstance(strategy, ShardedStrategy):
+        keys["inference_mode"] = False  # weights that are first gathered under it cannot train afterwards
+        if precision == "64-true":
+            keys["precision"] = "32-true"  # which leaves everything as it is, the weights' float64 too
+    return keys
 
 
 def _timer(duration: Any) -> Timer:

@@ -1,0 +1,119 @@
+"""Starts the other ranks of a run on this machine, and sees to it that all end together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+from mft_lightning import ranks
+from mft_lightning.errors import UserError
+
+GRACE = 20.0  # seconds that a rank has to end by itself after another one failed
+GOODBYE = 60.0  # seconds that a rank has to end after the work is done
+
+
+class RankLauncher(_SubprocessScriptLauncher):
+    """Lightning's launcher of subprocesses, with torchrun's environment for each rank and an orderly end.
+
+    Lightning's own starts ``sys.argv`` again, which need not be what runs here, and ends the first rank by SIGKILL
+    when another one fails. With this one no rank outlives the others, and the exit code tells of the failure.
+
+    Args:
+        environment: the ranks' addresses.
+        devices: ranks on this machine.
+        nodes: machines.
+        command: the words after ``python -m mft_lightning`` that every rank is started with.
+    """
+
+    def __init__(self, environment: ClusterEnvironment, devices: int, nodes: int, command: Sequence[str]) -> None:
+        super().__init__(environment, devices, nodes)
+        self.command = command
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: L.Trainer | None = None, **kwargs: Any) -> Any:
+        """Start the other ranks, call ``function`` here, and leave none of them behind."""
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        self._call_children_scripts()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        done = threading.Event()
+        threading.Thread(target=self._watch, args=(done,), daemon=True, name="watch the other ranks").start()
+        try:
+            result = function(*args, **kwargs)
+        except BaseException as error:
+            done.set()
+            killed = None
+            if ranks.is_lost_peer(error):  # one of them has something to say, or never will
+                self._wait(GRACE, any)
+                killed = self._killed()
+            self.kill(signal.SIGKILL)
+            self._wait(GRACE, all)
+            if killed is not None:
+                raise UserError(killed) from error
+            raise
+        done.set()
+        if not self._wait(GOODBYE, all):
+            self.kill(signal.SIGKILL)
+        return result
+
+    def _call_children_scripts(self) -> None:
+        self._check_can_spawn_children()
+        environment, node = self.cluster_environment, self.cluster_environment.node_rank()
+        shared = {
+            "MASTER_ADDR": environment.main_address,
+            "MASTER_PORT": str(environment.main_port),
+            "NODE_RANK": str(node),
+            "LOCAL_WORLD_SIZE": str(self.num_processes),
+            "WORLD_SIZE": str(self.num_processes * self.num_nodes),
+        }
+        verbose = [word for word in sys.argv if word == "--verbose"]
+        command = [sys.executable, "-m", "mft_lightning", *self.command, *verbose]
+        for local in range(self.num_processes):
+            own = {**shared, "LOCAL_RANK": str(local), "RANK": str(node * self.num_processes + local)}
+            if local == 0:
+                os.environ.update(own)
+            else:
+                started_by = {ranks.STARTED_BY: str(os.getpid())}
+                self.procs.append(subprocess.Popen(command, env={**os.environ, **own, **started_by}))
+
+    def _watch(self, done: threading.Event) -> None:
+        """End this rank too where it waits for one that failed and does not notice (as in NCCL's collectives)."""
+        while not done.wait(0.5):
+            if any(process.poll() for process in self.procs) and not done.wait(GRACE):
+                killed = self._killed()
+                if killed is not None:
+                    print(f"error: {killed}", file=sys.stderr)
+                if sys.stdout.isatty():
+                    sys.stdout.write("\x1b[?25h")  # a progress bar hides the cursor
+                sys.stdout.flush()
+                self.kill(signal.SIGKILL)
+                os._exit(1)
+
+    def _killed(self) -> str | None:
+        """What to tell of a rank that could not tell it itself, because it was killed."""
+        for local, process in enumerate(self.procs, start=1):
+            if (code := process.poll()) is not None and code < 0:
+                rank = self.cluster_environment.node_rank() * self.num_processes + local
+                return (
+                    f"rank {rank} was ended from outside by {signal.Signals(-code).name} (where memory runs out, the "
+                    "system does that). Go on with --ckpt_path last."
+                )
+        return None
+
+    def _wait(self, seconds: float, enough: Callable[[list[bool]], bool]) -> bool:
+        """Wait until ``enough`` (any, all) of the others have ended; whether they have in time."""
+        deadline = time.monotonic() + seconds
+        while not enough([process.poll() is not None for process in self.procs]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        return True

@@ -1,0 +1,176 @@
+"""From ``trainer.strategy`` to Lightning's strategies, with this program's launcher and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
+from torch.optim import Optimizer
+
+from mft_lightning import ranks
+from mft_lightning.errors import UserError
+from mft_lightning.model.module import MFTModule
+from mft_lightning.model.parallel import ParallelSettings, fill, gathered_state, shard
+from mft_lightning.training.launcher import RankLauncher
+
+SHORT_NAMES = ("auto", "ddp", "fsdp")
+
+
+class _Launched(ParallelStrategy):
+    """What the strategies here have in common: how their ranks are started, and where these meet first."""
+
+    command: Sequence[str]
+    num_nodes: int
+
+    def _configure_launcher(self) -> None:
+        environment = self.cluster_environment
+        assert environment is not None and self.parallel_devices is not None
+        if not environment.creates_processes_externally:
+            self._launcher = RankLauncher(environment, len(self.parallel_devices), self.num_nodes, self.command)
+
+    def setup_environment(self) -> None:
+        """Also wait until all ranks have checked all there is to check, so that nothing is written before."""
+        super().setup_environment()
+        self.barrier("checked")
+
+
+class DataParallelStrategy(_Launched, DDPStrategy):
+    """DDP: every rank holds the whole model; gradients are reduced once per optimizer step."""
+
+    short_name = "ddp"
+
+    def __init__(self, settings: ParallelSettings, command: Sequence[str]) -> None:
+        super().__init__(
+            process_group_backend=ranks.backend(),
+            find_unused_parameters=settings.find_unused_parameters,
+            gradient_as_bucket_view=True,
+            forward_sync_buffers=False,  # nothing in them changes
+        )
+        self.command = command
+
+
+class ShardedStrategy(_Launched, ModelParallelStrategy):
+    """FSDP2: weights, gradients and optimizer states are shared out over all devices of all nodes.
+
+    Lightning's strategy leaves sharding to the module and writes checkpoints of its own forms. Here the network is
+    sharded after it was built, and checkpoints are those of every other strategy: gathered on saving, and on loading
+    each rank takes its shards out of the whole.
+    """
+
+    short_name = "fsdp"
+
+    def __init__(self, settings: ParallelSettings, precision: str, command: Sequence[str]) -> None:
+        super().__init__(process_group_backend=ranks.backend())
+        self.settings, self.precision, self.command = settings, precision, command
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+
+    def setup(self, trainer: L.Trainer) -> None:
+        network = cast(MFTModule, self.lightning_module).network
+        assert network is not None
+        shard(network, self.device_mesh["data_parallel"], self.settings, self.precision)
+        super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """Nothing: sharding has put everything where it belongs, offloaded shards into host memory."""
+
+    # ---------------------------------------------------------------- checkpoints, as without sharding
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of the weights: gathered on rank 0, empty tensors elsewhere."""
+        module = cast(MFTModule, self.lightning_module)
+        kept = module.saved_names()
+        state = {name: value for name, value in module.state_dict().items() if name in kept}
+        return gathered_state(state, keep=self.is_global_zero)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """In the optimizer's own numbering, as every other strategy has it."""
+        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return gathered_state(plain.state_dict(), keep=self.is_global_zero)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        live = self.lightning_module.state_dict()  # type: ignore[union-attr]  # connected by now
+        with torch.no_grad():
+            for name, value in checkpoint["state_dict"].items():
+                fill(live[name], value)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state = {
+                number: {name: _as_parameter(value, parameters[number]) for name, value in values.items()}
+                for number, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": state})
+
+
+def _as_parameter(value: Any, parameter: torch.Tensor) -> Any:
+    """A moment of a parameter, sharded as that is; counters as they are."""
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    sharded = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+    fill(sharded, value)
+    return sharded
+
+
+def make_strategy(
+    asked: Any, settings: ParallelSettings, *, devices: int, precision: str, command: Sequence[str]
+) -> str | Strategy:
+    """The strategy of a run.
+
+    Args:
+        asked: ``trainer.strategy``: a short name, or Lightning's strategy that a class path made.
+        settings: options of the short names.
+        devices: of all nodes.
+        precision: ``trainer.precision``.
+        command: the words that start a further rank.
+
+    Raises:
+        UserError: an unknown name, options that the strategy does not have, or a strategy that cannot do this.
+    """
+    name = ("ddp" if devices > 1 else "auto") if asked == "auto" else asked
+    _check_options(name, settings)
+    if isinstance(name, Strategy):
+        return name
+    if name == "ddp":
+        return DataParallelStrategy(settings, command)
+    if name == "fsdp":
+        if precision == "16-mixed":
+            raise UserError("trainer.precision: 16-mixed scales losses, which fsdp does not do. Use bf16-mixed.")
+        return ShardedStrategy(settings, precision, command)
+    if name != "auto":
+        raise UserError(
+            f"trainer.strategy: {name} is none of {', '.join(SHORT_NAMES)}. Name another strategy of Lightning by its "
+            "class_path."
+        )
+    return "auto"
+
+
+def _check_options(name: str | Strategy, settings: ParallelSettings) -> None:
+    """Refuse options that would have no effect."""
+    default = ParallelSettings()
+    for key, strategy in (
+        ("reshard_after_forward", "fsdp"),
+        ("cpu_offload", "fsdp"),
+        ("find_unused_parameters", "ddp"),
+    ):
+        if name != strategy and getattr(settings, key) != getattr(default, key):
+            raise UserError(
+                f"parallel.{key}: is an option of trainer.strategy: {strategy}, which does not run here. Leave it out."
+            )
