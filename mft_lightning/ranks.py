@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 STARTED_BY = "MFT_LIGHTNING_STARTED_BY"  # the process that started this one as a further rank of its run
+GRACE = 10  # seconds to tell of it, and to end, when rank 0 is gone
 PATIENCE = timedelta(days=7)  # for what takes as long as it takes, like tokenising
 _FAILED = "mft_lightning/failed"
 
@@ -41,6 +42,7 @@ def join() -> None:
         return
     if STARTED_BY in os.environ:
         _end_with(int(os.environ[STARTED_BY]))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns of a rank that is gone, with C++ frames
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -101,8 +103,8 @@ def is_first_to_fail() -> bool:
     try:
         store: Any = dist.distributed_c10d._get_default_store()
         return bool(store.compare_set(_FAILED, "", str(number())) == str(number()).encode())
-    except dist.DistError:  # the store goes with rank 0, whose error ended it
-        return False
+    except dist.DistError:  # the store went with rank 0, which tells of its errors, unless it was killed
+        return STARTED_BY in os.environ and os.environ["LOCAL_RANK"] == "1"
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -126,6 +128,7 @@ def _end_with(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
+        time.sleep(GRACE)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="end with the first rank").start()
