@@ -7,6 +7,7 @@ same. torch is imported when a process is one of several, not before.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -47,6 +48,14 @@ def join() -> None:
 
     if not dist.is_initialized():
         dist.init_process_group(backend())
+        atexit.register(leave)  # NCCL complains of a group that nobody dissolves
+
+
+def leave() -> None:
+    """Part from the other ranks; from then on this process is alone."""
+    dist = _group()
+    if dist is not None:
+        dist.destroy_process_group()
 
 
 def backend() -> str:
@@ -68,7 +77,7 @@ def highest(value: int) -> int:
         return value
     import torch
 
-    highest = torch.tensor(value)
+    highest = torch.tensor(int(value))
     dist.all_reduce(highest, op=dist.ReduceOp.MAX)
     return int(highest)
 

@@ -118,7 +118,7 @@ def inspect(argv: list[str]) -> None:
             surveys = _print_tables(datamodule, choice)
             _print_conversations(datamodule, choice)
             datamodule.setup()
-            balance = token_balance(datamodule.plan)
+            balance = token_balance(datamodule.plan, datamodule.devices)
             say("", balance.summary())
             if plots is not None:
                 lengths = {found.report.task: found.lengths for found in surveys}

@@ -43,11 +43,13 @@ class RankLauncher(_SubprocessScriptLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: L.Trainer | None = None, **kwargs: Any) -> Any:
         """Start the other ranks, call ``function`` here, and leave none of them behind."""
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        self._call_children_scripts()
+        before = dict(os.environ)
         _set_num_threads_if_needed(num_processes=self.num_processes)
+        self._call_children_scripts()
         done = threading.Event()
         threading.Thread(target=self._watch, args=(done,), daemon=True, name="watch the other ranks").start()
         try:
+            ranks.join()
             result = function(*args, **kwargs)
         except BaseException as error:
             done.set()
@@ -63,6 +65,9 @@ class RankLauncher(_SubprocessScriptLauncher):
         done.set()
         if not self._wait(GOODBYE, all):
             self.kill(signal.SIGKILL)
+        ranks.leave()
+        os.environ.clear()
+        os.environ.update(before)
         return result
 
     def _call_children_scripts(self) -> None:

@@ -38,7 +38,11 @@ def project(tmp_path: Path) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
-    for name, words in (("python", ""), ("tensorboard", " -m tensorboard.main")):
+    for name, words in (
+        ("python", ""),
+        ("tensorboard", " -m tensorboard.main"),
+        ("torchrun", " -m torch.distributed.run"),
+    ):
         (programs / name).write_text(f'#!/bin/sh\nexec "{sys.executable}"{words} "$@"\n')
         (programs / name).chmod(0o755)
     return tmp_path
@@ -88,9 +92,12 @@ def test_every_command_of_the_readme(project: Path) -> None:
                 printed = run(line, project)
             if line.endswith("fit --config configs/quickstart.yaml"):
                 every_task_is_learnt(printed)
-    assert commands == 13
-    assert {path.name for path in (project / "checkpoints").iterdir()} == {"quickstart", "full", "lora", "merged"}
-    answers = [json.loads(line) for line in printed.splitlines()]
+            if "--input" in line:
+                answers = [json.loads(line) for line in printed.splitlines()]
+    assert commands == 15
+    made = {path.name for path in (project / "checkpoints").iterdir()}
+    assert made == {"quickstart", "full", "lora", "merged", "ddp"}
+    assert "going on from step-00000004" in printed and "2 x cpu, fsdp" in printed
     assert [(answer["prompt"], answer["reference"]) for answer in answers] == [("1 + 1?", "2"), ("2 + 3?", "5")]
 
 

@@ -1,0 +1,136 @@
+"""One process, DDP and FSDP2 take the same steps, and go on from each other's checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.conftest import ROOT, checkpoints, metrics, same_weights, user_environment, weights
+
+KINDS = ("full", "lora")
+LAYOUTS = {"ddp2": ("ddp", 2), "fsdp2": ("fsdp", 2), "fsdp4": ("fsdp", 4)}
+STEPS, LOSS, WEIGHTS = 10, 1e-5, 1e-9  # what is run, and what may differ: relative in float32, absolute in float64
+# four micro-batches a step in one process; validated in between, so that new bests save at the same steps
+COMMON = ("--trainer.max_steps", str(STEPS), "--data.per_device_train_batch_size", "4")
+FLOAT64 = ("--trainer.precision", "64-true", "--evaluation.strategy", "none", "--checkpoint.save_total_limit", "null")
+HALF = "step-00000004"
+
+
+@pytest.fixture(scope="session")
+def dropping_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with dropout."""
+    directory = tmp_path_factory.mktemp("dropping")
+    for file in tiny_model.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def one_process(fit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``full32``, ``full64``, ``lora32`` and ``lora64`` in one process, the reference of all others."""
+    directory = tmp_path_factory.mktemp("one")
+    for kind in KINDS:
+        words = (*COMMON, *_of(kind))
+        fit(directory / f"{kind}32", *words, config=f"{kind}.yaml")
+        fit(directory / f"{kind}64", *words, *FLOAT64, config=f"{kind}.yaml")
+    return directory
+
+
+def _of(kind: str) -> tuple[str, ...]:
+    return ("--model.lora.dropout", "0") if kind == "lora" else ()
+
+
+def in_series(ranks: int, lines: list[list[str]], directory: Path) -> str:
+    """Run command lines one after the other on so many ranks, as torchrun starts them; what they print."""
+    (directory / "commands.json").write_text(json.dumps(lines))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    words = [*torchrun, "tests/integration/in_series.py", str(directory / "commands.json")]
+    done = subprocess.run(words, cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_takes_the_steps_of_one_process(
+    fit_arguments: Callable[..., list[str]],
+    fit: Callable[..., Path],
+    one_process: Path,
+    dropping_model: Path,
+    tmp_path: Path,
+    layout: str,
+) -> None:
+    strategy, ranks = LAYOUTS[layout]
+    lines = []
+
+    def run(name: str, kind: str, *words: str) -> None:
+        arguments = fit_arguments(tmp_path / name, *COMMON, *words, config=f"{kind}.yaml")
+        lines.append(["fit", *arguments, "--trainer.strategy", strategy])
+
+    for kind in KINDS:
+        run(f"{kind}32", kind, *_of(kind))
+        run(f"{kind}64", kind, *_of(kind), *FLOAT64)
+        run(f"{kind}64-from-one", kind, *_of(kind), *FLOAT64, "--ckpt_path", str(one_process / f"{kind}64" / HALF))
+        dropping = ("--model.pretrained_model_path", str(dropping_model), "--evaluation.strategy", "none")
+        run(f"{kind}-dropping", kind, *dropping, "--checkpoint.save_total_limit", "null")
+        run(f"{kind}-resumed", kind, *dropping, "--ckpt_path", str(tmp_path / f"{kind}-dropping" / HALF))
+    printed = in_series(ranks, lines, tmp_path)
+
+    assert printed.count("trained to step") == len(lines)  # said by one rank
+    assert f"{ranks} x cpu, {strategy}" in printed
+    for kind in KINDS:
+        assert _differ(metrics(one_process / f"{kind}32"), metrics(tmp_path / f"{kind}32")) < LOSS
+        assert checkpoints(tmp_path / f"{kind}32") == checkpoints(one_process / f"{kind}32")
+        reference = weights(one_process / f"{kind}64" / f"step-{STEPS:08d}")
+        for name in (f"{kind}64", f"{kind}64-from-one"):
+            assert _apart(reference, weights(tmp_path / name / f"step-{STEPS:08d}")) < WEIGHTS, name
+        last = f"step-{STEPS:08d}"
+        assert same_weights(tmp_path / f"{kind}-dropping" / last, tmp_path / f"{kind}-resumed" / last)
+        from_there = ("--ckpt_path", str(tmp_path / f"{kind}64" / HALF))
+        back = fit(tmp_path / f"{kind}-back", *COMMON, *_of(kind), *FLOAT64, *from_there, config=f"{kind}.yaml")
+        assert _apart(reference, weights(back / f"step-{STEPS:08d}")) < WEIGHTS
+    assert same_weights(one_process / "lora32" / "base", tmp_path / "lora32" / "base")  # the same random bits
+
+
+def test_gradients_are_reduced_once_a_step(fit_arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    lines = []
+    for strategy in ("ddp", "fsdp"):
+        for size in ("2", "8"):  # four micro-batches of each rank, or one
+            name = f"{strategy}{size}"
+            counted = f"--trainer.callbacks.file={tmp_path / name}.jsonl"
+            words = ("--trainer.strategy", strategy, "--trainer.max_steps", "3", "--evaluation.strategy", "none")
+            words += ("--data.per_device_train_batch_size", size)
+            words += ("--trainer.callbacks+=tests.integration.collectives.Collectives", counted)
+            lines.append(["fit", *fit_arguments(tmp_path / name, *words)])
+    in_series(2, lines, tmp_path)
+    for strategy, name, times in (("ddp", "c10d::allreduce_", 1), ("fsdp", "c10d::_reduce_scatter_base_", 3)):
+        for size in ("2", "8"):
+            steps = [json.loads(line) for line in (tmp_path / f"{strategy}{size}.jsonl").read_text().splitlines()]
+            # DDP has one bucket here; FSDP2 has two layers and the rest
+            assert [counts[name] for counts in steps] == [times] * 3, (strategy, size)
+
+
+def _differ(ours: list[dict[str, str]], theirs: list[dict[str, str]]) -> float:
+    """The largest relative difference of any metric at any step; all of them must be there."""
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    worst = 0.0
+    for row, other in zip(ours, theirs, strict=True):
+        assert {name for name in row if row[name]} == {name for name in other if other[name]}
+        values = [(float(row[name]), float(other[name])) for name in row if row[name]]
+        assert all(math.isfinite(value) for pair in values for value in pair)
+        worst = max(worst, *(abs(a - b) / max(abs(a), 1e-12) for a, b in values))
+    return worst
+
+
+def _apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == theirs.keys() and all(value.dtype == torch.float64 for value in ours.values())
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)

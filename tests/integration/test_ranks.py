@@ -1,0 +1,173 @@
+"""Several processes start, say things once, and end together, whoever starts them and whatever goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import ROOT, checkpoints, everything, metrics, user_environment
+
+OWN = (sys.executable, "-m", "mft_lightning")
+TORCHRUN = (
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "mft_lightning",
+)
+SOON = 60.0  # seconds until the last rank has ended
+
+
+@pytest.fixture
+def arguments(fit_arguments: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+    """``fit`` on two ranks, for a few steps."""
+
+    def make(*words: str) -> list[str]:
+        few = ("--trainer.max_steps", "4", "--evaluation.at_start", "false", "--evaluation.steps", "100")
+        return ["fit", *fit_arguments(tmp_path / "run", *few, *words, config="ddp.yaml")]
+
+    return make
+
+
+def fault(kind: str, rank: int) -> tuple[str, ...]:
+    named = "--trainer.callbacks+=tests.integration.faults.Fault"
+    return (named, "--trainer.callbacks.kind", kind, "--trainer.callbacks.rank", str(rank))
+
+
+def run(launcher: tuple[str, ...], words: list[str]) -> subprocess.CompletedProcess[str]:
+    """A command that must end by itself, and all processes it started with it."""
+    mark = f"MFT_TEST={time.monotonic_ns()}"
+    name, _, value = mark.partition("=")
+    environment = {**user_environment(), name: value}
+    done = subprocess.run(
+        [*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    deadline = time.monotonic() + SOON
+    while left := _processes(mark):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+    return done
+
+
+def _processes(mark: str) -> list[str]:
+    """Processes whose environment holds ``mark``, as theirs and their children's does."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (directory / "environ").read_bytes().split(b"\0"):
+                found.append((directory / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # gone in the meantime, or another user's
+            continue
+    return found
+
+
+def told(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error:")]
+
+
+def test_it_starts_its_own_ranks_and_measures_with_them(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    trained = run(OWN, arguments())
+    assert (trained.returncode, trained.stderr) == (0, "")
+    assert "2 x cpu, ddp" in trained.stdout
+    assert trained.stdout.count("step 1/4") == trained.stdout.count("trained to step 4") == 1
+    assert checkpoints(tmp_path / "run") == ["step-00000004"]
+    before = everything(tmp_path / "run")
+    measured = run(OWN, ["validate", *arguments("--ckpt_path", "last")[1:], "--trainer.strategy", "fsdp"])
+    assert (measured.returncode, measured.stderr) == (0, "")
+    (loss,) = [line.split()[1] for line in measured.stdout.splitlines() if line.startswith("val/loss")]
+    assert float(loss) == pytest.approx(float(metrics(tmp_path / "run")[-1]["val/loss"]), abs=1e-6)
+    assert everything(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "message"),
+    [
+        ("user", 0, "error: a record is bad."),
+        ("user", 1, "error: rank 1: a record is bad."),
+        ("kill", 1, "error: rank 1 was ended from outside by SIGKILL"),
+    ],
+)
+def test_one_rank_fails(arguments: Callable[..., list[str]], kind: str, rank: int, message: str) -> None:
+    done = run(OWN, arguments(*fault(kind, rank)))
+    assert done.returncode == 1
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_an_error_of_python_is_told_once(arguments: Callable[..., list[str]]) -> None:
+    done = run(OWN, arguments("--trainer.strategy", "fsdp", *fault("python", 1)))
+    assert done.returncode == 1
+    assert done.stderr.count("ZeroDivisionError: by chance") == done.stderr.count("Traceback") == 1, done.stderr
+
+
+def test_the_first_rank_is_killed(arguments: Callable[..., list[str]]) -> None:
+    done = run(OWN, arguments(*fault("kill", 0)))
+    assert done.returncode == -signal.SIGKILL
+    assert told(done) == ["error: rank 1: another rank is gone without a word. Go on with --ckpt_path last."]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_ends_all_in_order(arguments: Callable[..., list[str]], tmp_path: Path, rank: int) -> None:
+    done = run(OWN, arguments(*fault("term", rank)))
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
+    assert done.stdout.endswith("stopped by SIGTERM\n")
+    assert checkpoints(tmp_path / "run") == ["step-00000003"]
+
+
+def test_a_stop_that_one_rank_asks_for_is_for_all(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    done = run(TORCHRUN, arguments(*fault("stop", 1), "--trainer.strategy", "fsdp"))
+    assert done.returncode == 0, done.stderr
+    assert checkpoints(tmp_path / "run") == ["step-00000003"]
+    assert "validation at step 3" in done.stdout
+
+
+def test_under_torchrun_an_error_of_all_is_told_once(
+    arguments: Callable[..., list[str]], write_task: Callable[..., str], tmp_path: Path
+) -> None:
+    bad = write_task("bad", ['{"prompt": "1 + 1?"'])
+    done = run(TORCHRUN, arguments("--data.data_paths", f"[{bad}]"))
+    assert done.returncode == 1
+    assert len(told(done)) == 1 and "part.jsonl:1: is not valid JSON" in told(done)[0], done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_under_torchrun_an_error_of_one_is_told_with_its_rank(arguments: Callable[..., list[str]]) -> None:
+    done = run(TORCHRUN, arguments(*fault("user", 1)))
+    assert done.returncode == 1
+    assert told(done) == ["error: rank 1: a record is bad."]
+
+
+def test_what_torchrun_started_must_be_what_is_asked_for(arguments: Callable[..., list[str]]) -> None:
+    done = run(TORCHRUN, arguments("--trainer.devices", "3"))
+    assert done.returncode == 1
+    (message,) = told(done)
+    assert "trainer.devices: 3 asks for 3 on each node, but torchrun started 2 process(es)" in message
+
+
+def test_ctrl_c_reaches_all_ranks_at_once(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = [*OWN, *arguments("--trainer.max_steps", "100000")]
+    log = tmp_path / "printed"
+    with log.open("w") as handle:
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=user_environment(), stdout=handle, stderr=subprocess.PIPE, start_new_session=True
+        )
+    while "step 3/" not in log.read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+    _, said = process.communicate(timeout=SOON)
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.decode().split("\n") == ["", "ending after this step, with a checkpoint; Ctrl-C again breaks off", ""]
+    assert "stopped by SIGINT" in log.read_text()
+    info = json.loads((tmp_path / "run" / checkpoints(tmp_path / "run")[-1] / "checkpoint.json").read_text())
+    assert info["metrics"]  # validated before it was saved
