@@ -23,9 +23,10 @@ from mft_lightning.model.build import (
     saved_path,
 )
 from mft_lightning.model.export import describe, trained_names
+from mft_lightning.model.gradients import global_norm
 from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, put_in_force
-from mft_lightning.model.parallel import gathered, gradients_kept_local
+from mft_lightning.model.parallel import gradients_kept_local
 from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.settings import CobaSettings, LoraSettings, QLoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM, SupervisedNLL
@@ -290,7 +291,7 @@ class MFTModule(L.LightningModule):
     ) -> None:
         """Clip by the norm of the gradient over all ranks, and keep the norm before clipping for the logs."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = gathered(torch.nn.utils.get_total_norm([p.grad for p in parameters]))
+        norm = global_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         if self.last_step is not None:
