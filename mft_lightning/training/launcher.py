@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from mft_lightning import ranks
@@ -122,3 +123,26 @@ class RankLauncher(_SubprocessScriptLauncher):
                 return False
             time.sleep(0.05)
         return True
+
+
+class LaunchedStrategy(ParallelStrategy):
+    """What the strategies of this program have in common: how their ranks are started, and where these meet first.
+
+    Attributes:
+        command: the words that start a further rank.
+        num_nodes: machines.
+    """
+
+    command: Sequence[str]
+    num_nodes: int
+
+    def _configure_launcher(self) -> None:
+        environment = self.cluster_environment
+        assert environment is not None and self.parallel_devices is not None
+        if not environment.creates_processes_externally:
+            self._launcher = RankLauncher(environment, len(self.parallel_devices), self.num_nodes, self.command)
+
+    def setup_environment(self) -> None:
+        """Also wait until all ranks have checked all there is to check, so that nothing is written before."""
+        super().setup_environment()
+        self.barrier("checked")

@@ -8,37 +8,19 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.optim import Optimizer
 
 from mft_lightning import ranks
 from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings, fill, gathered_state, shard
-from mft_lightning.training.launcher import RankLauncher
+from mft_lightning.training.launcher import LaunchedStrategy
 
 SHORT_NAMES = ("auto", "ddp", "fsdp")
 
 
-class _Launched(ParallelStrategy):
-    """What the strategies here have in common: how their ranks are started, and where these meet first."""
-
-    command: Sequence[str]
-    num_nodes: int
-
-    def _configure_launcher(self) -> None:
-        environment = self.cluster_environment
-        assert environment is not None and self.parallel_devices is not None
-        if not environment.creates_processes_externally:
-            self._launcher = RankLauncher(environment, len(self.parallel_devices), self.num_nodes, self.command)
-
-    def setup_environment(self) -> None:
-        """Also wait until all ranks have checked all there is to check, so that nothing is written before."""
-        super().setup_environment()
-        self.barrier("checked")
-
-
-class DataParallelStrategy(_Launched, DDPStrategy):
+class DataParallelStrategy(LaunchedStrategy, DDPStrategy):
     """DDP: every rank holds the whole model; gradients are reduced once per optimizer step."""
 
     short_name = "ddp"
@@ -53,7 +35,7 @@ class DataParallelStrategy(_Launched, DDPStrategy):
         self.command = command
 
 
-class ShardedStrategy(_Launched, ModelParallelStrategy):
+class ShardedStrategy(LaunchedStrategy, ModelParallelStrategy):
     """FSDP2: weights, gradients and optimizer states are shared out over all devices of all nodes.
 
     Lightning's strategy leaves sharding to the module and writes checkpoints of its own forms. Here the network is
