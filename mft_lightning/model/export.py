@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,10 @@ def trained_names(model: nn.Module) -> set[str]:
 
 
 def save_model(model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
-    """Write ``state`` as ``from_pretrained`` or ``PeftModel.from_pretrained`` reads it.
+    """Write ``state`` as ``from_pretrained`` or ``PeftModel.from_pretrained`` reads it, through a twin without storage.
+
+    The live model may have been wrapped or renamed by a sharding strategy, and the names in the file follow the class
+    (transformers) or the modules (peft).
 
     Args:
         model: the live model, for its configuration.
@@ -38,7 +42,7 @@ def save_model(model: nn.Module, state: dict[str, Tensor], directory: Path) -> N
         directory: an existing folder.
     """
     if has_adapters(model):
-        model.save_pretrained(str(directory), state_dict=state, save_embedding_layers=False)
+        _adapter_twin(model).save_pretrained(str(directory), state_dict=state, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
         return
     assert isinstance(model, PreTrainedModel)
@@ -46,14 +50,26 @@ def save_model(model: nn.Module, state: dict[str, Tensor], directory: Path) -> N
 
 
 def save_causal_lm(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
-    """``save_pretrained`` through a twin without storage, in the live dtype.
-
-    The live model may have been wrapped or renamed by a sharding strategy, and the names in the file follow the class.
-    """
-    with torch.device("meta"):
-        twin = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    """Write ``state`` as ``from_pretrained`` reads it, through a twin like :func:`save_model`, in the live dtype."""
+    twin = _twin(model)
     twin.generation_config = model.generation_config
     twin.save_pretrained(directory, state_dict=state)
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+
+
+def _adapter_twin(model: PeftModel) -> PeftModel:
+    from peft import get_peft_model  # here for the start-up time of a run without adapters
+
+    base: Any = model.get_base_model()
+    twin = _twin(base)
+    twin.name_or_path = base.name_or_path
+    with torch.device("meta"):
+        adapted: Any = get_peft_model(twin, copy(model.peft_config["default"]), autocast_adapter_dtype=False)
+    return adapted
 
 
 def load_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:

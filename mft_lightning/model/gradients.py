@@ -1,15 +1,54 @@
-"""The norm of a step's gradient over all ranks, however it is shared out among them."""
+"""A step's gradient over all ranks: when it is reduced, and its norm, however it is shared out among them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 BLOCK = 1024  # elements whose squares are added up in float32
+
+
+@contextmanager
+def gradients_kept_local(network: nn.Module) -> Iterator[None]:
+    """Backward passes inside add up gradients on each rank; the next one after it reduces them over the ranks.
+
+    DDP needs nothing: it reduces only in a backward that begins after its own forward, which is the whole step's.
+    """
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            network.set_requires_gradient_sync(True)
+    elif isinstance(network, FullyShardedDataParallel):
+        with network.no_sync():
+            yield
+    else:
+        yield
+
+
+def clip_gradients(network: nn.Module, parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+    """Scale a step's gradient down to the norm ``limit``, if there is one; the norm it had, on every rank the same.
+
+    Args:
+        network: that has the parameters, as it is wrapped for the ranks.
+        parameters: those that train.
+        limit: of the global 2-norm; None and 0 are no limit.
+    """
+    if isinstance(network, FullyShardedDataParallel):  # who alone knows which of its shards are copies
+        return network.clip_grad_norm_(limit or math.inf)
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = global_norm(parameter.grad for parameter in with_gradient if parameter.grad is not None)
+    if limit:
+        torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, norm)
+    return norm
 
 
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:

@@ -23,10 +23,10 @@ from mft_lightning.model.build import (
     saved_path,
 )
 from mft_lightning.model.export import describe, trained_names
-from mft_lightning.model.gradients import global_norm
+from mft_lightning.model.gradients import clip_gradients, gradients_kept_local
 from mft_lightning.model.metrics import TaskSums
-from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, put_in_force
-from mft_lightning.model.parallel import gradients_kept_local
+from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, matrix_names, put_in_force
+from mft_lightning.model.parallel import live_parameters
 from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.settings import CobaSettings, LoraSettings, QLoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM, SupervisedNLL
@@ -159,6 +159,8 @@ class MFTModule(L.LightningModule):
         self.weighted_loss_mode = weighted_loss_mode
         self.strict_loading = peft_type is None  # an adapter's checkpoint holds the adapter alone
         self.network: SupervisedLM | None = None
+        self.matrices: set[str] = set()  # the network's parameters that decay
+        self.saved_names: set[str] = set()  # what a checkpoint holds of this module's state
         self.task_weights = torch.ones(0)
         self.last_step: StepResult | None = None
 
@@ -211,6 +213,8 @@ class MFTModule(L.LightningModule):
                 add_lora(model, self.lora, base_path=saved_path(base_path), seed=self.source.seed) if frozen else model
             )
             self.description = describe(self.network.model, self.network.causal_lm)
+            self.matrices = matrix_names(self.network)
+            self.saved_names = {NETWORK + name for name in trained_names(self.network.model)}
         return self.network
 
     def fingerprint(self, datamodule: MFTDataModule) -> dict[str, Any]:
@@ -221,7 +225,7 @@ class MFTModule(L.LightningModule):
         self.build(self.datamodule)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer, scheduler = self.optim.build(self, self.total_steps())
+        optimizer, scheduler = self.optim.build(live_parameters(self._network), self.matrices, self.total_steps())
         self.group_settings = group_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -290,10 +294,8 @@ class MFTModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the norm of the gradient over all ranks, and keep the norm before clipping for the logs."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = global_norm(parameter.grad for parameter in parameters if parameter.grad is not None)
-        if gradient_clip_val:
-            torch.nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = clip_gradients(self._network, parameters, gradient_clip_val)
         if self.last_step is not None:
             self.last_step.grad_norm = norm
 
@@ -326,12 +328,9 @@ class MFTModule(L.LightningModule):
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        kept = self.saved_names()
-        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
-
-    def saved_names(self) -> set[str]:
-        """What a checkpoint holds of this module's state: everything, or the adapter alone."""
-        return {NETWORK + name for name in trained_names(self._network.model)}
+        """Keep what trains: everything, or the adapter alone."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self.saved_names}
 
     @property
     def weighs_tasks(self) -> bool:

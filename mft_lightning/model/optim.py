@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -59,10 +59,18 @@ class OptimizerSettings:
                 f"model.min_lr: {self.min_lr} is not between 0 and model.learning_rate: {self.learning_rate}."
             )
 
-    def build(self, module: nn.Module, total_steps: int) -> tuple[AdamW, LambdaLR]:
-        """The optimizer of a module's trainable parameters, and its schedule over ``total_steps``."""
+    def build(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], matrices: Collection[str], total_steps: int
+    ) -> tuple[AdamW, LambdaLR]:
+        """The optimizer of named parameters, those that train, and its schedule over ``total_steps``.
+
+        Args:
+            parameters: by name, as they will be trained.
+            matrices: the names of those that decay, of :func:`matrix_names`.
+            total_steps: of the whole run.
+        """
         optimizer = AdamW(
-            parameter_groups(module, self.weight_decay),
+            parameter_groups(parameters, matrices, self.weight_decay),
             lr=self.learning_rate,
             betas=(self.adam_beta1, self.adam_beta2),
             eps=self.adam_epsilon,
@@ -91,12 +99,19 @@ def put_in_force(settings: list[dict[str, Any]], optimizer: Optimizer, scheduler
         group["lr"] = scheduler.base_lrs[i] * scheduler.lr_lambdas[i](scheduler.last_epoch)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def matrix_names(module: nn.Module) -> set[str]:
+    """Parameters of two dimensions or more, asked before they are sharded, which may leave them one."""
+    return {name for name, parameter in module.named_parameters() if parameter.ndim >= 2}
+
+
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], matrices: Collection[str], weight_decay: float
+) -> list[dict[str, object]]:
     """Trainable parameters in two groups: matrices decay; biases and norms (fewer than two dimensions) do not."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trainable = [(name in matrices, parameter) for name, parameter in parameters if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [parameter for matrix, parameter in trainable if matrix], "weight_decay": weight_decay},
+        {"params": [parameter for matrix, parameter in trainable if not matrix], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -8,7 +8,6 @@ gathers it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -77,42 +76,35 @@ def shard(network: SupervisedLM, mesh: DeviceMesh, settings: ParallelSettings, p
         "mp_policy": MIXED_PRECISION.get(precision, MixedPrecisionPolicy()),
         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if settings.cpu_offload else OffloadPolicy(),
     }
-    for layer in _layers(network):
+    for layer in transformer_layers(network):
         fully_shard(layer, reshard_after_forward=settings.reshard_after_forward, **options)
     fully_shard(network, **options)
     register_fsdp_forward_method(network, "generate")
 
 
-def _layers(network: SupervisedLM) -> list[nn.Module]:
-    """The model's transformer layers: what transformers itself would not split over devices."""
+def transformer_layers(network: SupervisedLM) -> list[nn.Module]:
+    """The model's transformer layers: what transformers itself would not split over devices.
+
+    Raises:
+        UserError: a model that does not tell.
+    """
     model = network.causal_lm
     kinds = set(model._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in kinds]
     if not layers:
-        raise UserError(f"trainer.strategy: fsdp does not know the layers of a {model.config.model_type}. Use ddp.")
+        raise UserError(f"trainer.strategy: the layers of a {model.config.model_type} are not known. Use ddp.")
     return layers
+
+
+def live_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A module's parameters by the names they had before FSDP1 wrapped parts of it."""
+    for name, parameter in module.named_parameters():
+        yield name.replace("_fsdp_wrapped_module.", ""), parameter
 
 
 def is_sharded(network: nn.Module) -> bool:
     """Whether the forward of a network gathers its weights from all ranks."""
     return isinstance(network, FSDPModule)
-
-
-@contextmanager
-def gradients_kept_local(network: nn.Module) -> Iterator[None]:
-    """Backward passes inside add up gradients on each rank; the next one after it reduces them over the ranks.
-
-    DDP needs nothing: it reduces only in a backward that begins after its own forward, which is the whole step's.
-    """
-    if not is_sharded(network):
-        yield
-        return
-    sharded = cast(FSDPModule, network)
-    sharded.set_requires_gradient_sync(False)
-    try:
-        yield
-    finally:
-        sharded.set_requires_gradient_sync(True)
 
 
 def gathered(tensor: Tensor) -> Tensor:

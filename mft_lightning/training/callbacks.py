@@ -23,8 +23,6 @@ from mft_lightning.errors import UserError
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.export import base_state, save_causal_lm
 from mft_lightning.model.module import MFTModule, StepResult
-from mft_lightning.model.parallel import gathered_state
-from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.stages import is_run_end
 
@@ -184,7 +182,7 @@ class EarlyStoppingSettings:
 
 
 class RandomBase(L.Callback):
-    """Writes the random base of a LoRA run once, for the adapters to name.
+    """Writes the random base of a LoRA run once, for the adapters to name, before a strategy shards it.
 
     That a resumed run draws the same base is checked by its digest (:func:`check_same_run`), before anything starts.
     """
@@ -192,21 +190,16 @@ class RandomBase(L.Callback):
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = cast(MFTModule, pl_module)
         network = module.network
         assert network is not None
-        written = trainer.strategy.broadcast((self.directory / "config.json").is_file())
-        if written or not has_adapters(network.model):
+        written = (self.directory / "config.json").is_file()
+        if written or not trainer.is_global_zero or not has_adapters(network.model):
             return
-        state = gathered_state(base_state(network.model), keep=trainer.is_global_zero)
-        if trainer.is_global_zero:
-            self._write(module, network, state)
-
-    def _write(self, module: MFTModule, network: SupervisedLM, state: dict[str, Any]) -> None:
         aside = self.directory.with_name(f".{self.directory.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        save_causal_lm(network.causal_lm, state, aside)
+        save_causal_lm(network.causal_lm, base_state(network.model), aside)
         module.datamodule.tokenizer.save_pretrained(aside)
         aside.rename(self.directory)

@@ -8,13 +8,20 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from torch.optim import Optimizer
 
 from mft_lightning import ranks
 from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings, fill, gathered_state, shard
+from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.launcher import LaunchedStrategy
 
 SHORT_NAMES = ("auto", "ddp", "fsdp")
@@ -33,6 +40,15 @@ class DataParallelStrategy(LaunchedStrategy, DDPStrategy):
             forward_sync_buffers=False,  # nothing in them changes
         )
         self.command = command
+
+    @classmethod
+    def adopt(cls, given: DDPStrategy, command: Sequence[str]) -> DataParallelStrategy:
+        """With the settings of a strategy that the configuration made, which is not used any further."""
+        adopted = cls.__new__(cls)
+        adopted.__dict__.update(vars(given))
+        adopted.command = command
+        adopted._process_group_backend = given.process_group_backend or ranks.backend()
+        return adopted
 
 
 class ShardedStrategy(LaunchedStrategy, ModelParallelStrategy):
@@ -71,8 +87,7 @@ class ShardedStrategy(LaunchedStrategy, ModelParallelStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the weights: gathered on rank 0, empty tensors elsewhere."""
         module = cast(MFTModule, self.lightning_module)
-        kept = module.saved_names()
-        state = {name: value for name, value in module.state_dict().items() if name in kept}
+        state = {name: value for name, value in module.state_dict().items() if name in module.saved_names}
         return gathered_state(state, keep=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -129,7 +144,7 @@ def make_strategy(
     name = ("ddp" if devices > 1 else "auto") if asked == "auto" else asked
     _check_options(name, settings)
     if isinstance(name, Strategy):
-        return name
+        return _adopted(name, devices=devices, precision=precision, command=command)
     if name == "ddp":
         return DataParallelStrategy(settings, command)
     if name == "fsdp":
@@ -138,10 +153,38 @@ def make_strategy(
         return ShardedStrategy(settings, precision, command)
     if name != "auto":
         raise UserError(
-            f"trainer.strategy: {name} is none of {', '.join(SHORT_NAMES)}. Name another strategy of Lightning by its "
-            "class_path."
+            f"trainer.strategy: {name} is none of {', '.join(SHORT_NAMES)}. Another strategy of Lightning is named in "
+            "trainer.strategy.class_path."
         )
     return "auto"
+
+
+def _adopted(given: Strategy, *, devices: int, precision: str, command: Sequence[str]) -> Strategy:
+    """A strategy of Lightning's that was named by its class path, with what it needs to run here."""
+    key, kind = "trainer.strategy", type(given).__name__
+    if isinstance(given, FSDPStrategy):
+        if not cuda_is_available():
+            raise UserError(
+                f"{key}: {kind} (FSDP1) shards over CUDA GPUs alone. Use fsdp (FSDP2), which also runs on CPUs."
+            )
+        if precision == "64-true":
+            raise UserError(f"trainer.precision: {kind} has no 64-true. Use trainer.strategy: fsdp.")
+        return FlatShardedStrategy(given, command)
+    if isinstance(given, ModelParallelStrategy):
+        raise UserError(f"{key}: {kind} has no plan of its own for a model. Use fsdp, which is that strategy with one.")
+    if isinstance(given, DDPStrategy):
+        if given._start_method != "popen":
+            raise UserError(f"{key}.init_args.start_method: {given._start_method} is not supported. Leave it out.")
+        return DataParallelStrategy.adopt(given, command)
+    if isinstance(given, SingleDeviceStrategy):
+        if devices > 1:
+            raise UserError(f"{key}: {kind} is for one device, but trainer.devices and num_nodes give {devices}.")
+        return given
+    raise UserError(f"{key}: {kind} is not supported. Use {', '.join(SHORT_NAMES)}, or the class path of FSDPStrategy.")
+
+
+def cuda_is_available() -> bool:
+    return torch.cuda.is_available()
 
 
 def _check_options(name: str | Strategy, settings: ParallelSettings) -> None:

@@ -21,6 +21,7 @@ from mft_lightning.training.checkpoint import CheckpointSettings, HFModelCheckpo
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import NEVER, Evaluation, EvaluationSettings
 from mft_lightning.training.exact_match import ExactMatch
+from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.layout import find_layout
 from mft_lightning.training.loggers import MetricsCSV, PlainLines, tensorboard_logger
 from mft_lightning.training.progress import Pace, RunBar
@@ -208,6 +209,10 @@ def placed(keys: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
         command=settings.command,
     )
     keys = {**keys, "devices": layout.devices, "num_nodes": layout.nodes, "strategy": strategy}
+    if isinstance(strategy, FlatShardedStrategy) and settings.evaluation.exact_match_per_task is not None:
+        raise UserError(
+            "evaluation.exact_match_per_task: FSDPStrategy cannot answer prompts. Use trainer.strategy: fsdp."
+        )
     if isinstance(strategy, ShardedStrategy):
         keys["inference_mode"] = False  # weights that are first gathered under it cannot train afterwards
         if precision == "64-true":

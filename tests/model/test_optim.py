@@ -12,7 +12,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.model.module import MFTModule
-from mft_lightning.model.optim import SCHEDULERS, learning_rate_factor, parameter_groups
+from mft_lightning.model.optim import SCHEDULERS, learning_rate_factor, matrix_names, parameter_groups
 
 CONSTANT = ("constant", "constant_with_warmup")
 
@@ -76,7 +76,7 @@ def test_biases_and_norms_do_not_decay(tiny_model: Path, example_tasks: list[str
     datamodule = MFTDataModule(data_paths=example_tasks, tokenizer_path=str(tiny_model))
     network = MFTModule(pretrained_model_path=str(tiny_model), init="random").build(datamodule)
     names = {id(p): name for name, p in network.named_parameters()}
-    decaying, still = parameter_groups(network, 0.1)
+    decaying, still = parameter_groups(network.named_parameters(), matrix_names(network), 0.1)
     assert decaying["weight_decay"] == 0.1 and still["weight_decay"] == 0.0
     assert all(names[id(p)].endswith("bias") or "norm" in names[id(p)] for p in still["params"])
     assert not any(names[id(p)].endswith("bias") or "norm" in names[id(p)] for p in decaying["params"])
