@@ -175,6 +175,10 @@ def _adopted(given: Strategy, *, devices: int, precision: str, command: Sequence
     if isinstance(given, DDPStrategy):
         if given._start_method != "popen":
             raise UserError(f"{key}.init_args.start_method: {given._start_method} is not supported. Leave it out.")
+        if given._ddp_kwargs.get("static_graph"):  # counts on one backward a step, and is wrong with several
+            raise UserError(
+                f"{key}: static_graph reduces wrong gradients where a step has micro-batches. Leave it out."
+            )
         return DataParallelStrategy.adopt(given, command)
     if isinstance(given, SingleDeviceStrategy):
         if devices > 1:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.integration.conftest import ROOT, checkpoints, metrics, same_weights, user_environment, weights
+from tests.integration.conftest import checkpoints, metrics, same_weights, weights
+from tests.integration.layouts import apart, differ, in_series
 
 KINDS = ("full", "lora")
 LAYOUTS = {"ddp2": ("ddp", 2), "fsdp2": ("fsdp", 2), "fsdp4": ("fsdp", 4)}
@@ -50,16 +47,6 @@ def _of(kind: str) -> tuple[str, ...]:
     return ("--model.lora.dropout", "0") if kind == "lora" else ()
 
 
-def in_series(ranks: int, lines: list[list[str]], directory: Path) -> str:
-    """Run command lines one after the other on so many ranks, as torchrun starts them; what they print."""
-    (directory / "commands.json").write_text(json.dumps(lines))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    words = [*torchrun, "tests/integration/in_series.py", str(directory / "commands.json")]
-    done = subprocess.run(words, cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_takes_the_steps_of_one_process(
     fit_arguments: Callable[..., list[str]],
@@ -88,16 +75,16 @@ def test_a_layout_takes_the_steps_of_one_process(
     assert printed.count("trained to step") == len(lines)  # said by one rank
     assert f"{ranks} x cpu, {strategy}" in printed
     for kind in KINDS:
-        assert _differ(metrics(one_process / f"{kind}32"), metrics(tmp_path / f"{kind}32")) < LOSS
+        assert differ(metrics(one_process / f"{kind}32"), metrics(tmp_path / f"{kind}32")) < LOSS
         assert checkpoints(tmp_path / f"{kind}32") == checkpoints(one_process / f"{kind}32")
         reference = weights(one_process / f"{kind}64" / f"step-{STEPS:08d}")
         for name in (f"{kind}64", f"{kind}64-from-one"):
-            assert _apart(reference, weights(tmp_path / name / f"step-{STEPS:08d}")) < WEIGHTS, name
+            assert apart(reference, weights(tmp_path / name / f"step-{STEPS:08d}")) < WEIGHTS, name
         last = f"step-{STEPS:08d}"
         assert same_weights(tmp_path / f"{kind}-dropping" / last, tmp_path / f"{kind}-resumed" / last)
         from_there = ("--ckpt_path", str(tmp_path / f"{kind}64" / HALF))
         back = fit(tmp_path / f"{kind}-back", *COMMON, *_of(kind), *FLOAT64, *from_there, config=f"{kind}.yaml")
-        assert _apart(reference, weights(back / f"step-{STEPS:08d}")) < WEIGHTS
+        assert apart(reference, weights(back / f"step-{STEPS:08d}")) < WEIGHTS
     assert same_weights(one_process / "lora32" / "base", tmp_path / "lora32" / "base")  # the same random bits
 
 
@@ -117,20 +104,3 @@ def test_gradients_are_reduced_once_a_step(fit_arguments: Callable[..., list[str
             steps = [json.loads(line) for line in (tmp_path / f"{strategy}{size}.jsonl").read_text().splitlines()]
             # DDP has one bucket here; FSDP2 has two layers and the rest
             assert [counts[name] for counts in steps] == [times] * 3, (strategy, size)
-
-
-def _differ(ours: list[dict[str, str]], theirs: list[dict[str, str]]) -> float:
-    """The largest relative difference of any metric at any step; all of them must be there."""
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
-    worst = 0.0
-    for row, other in zip(ours, theirs, strict=True):
-        assert {name for name in row if row[name]} == {name for name in other if other[name]}
-        values = [(float(row[name]), float(other[name])) for name in row if row[name]]
-        assert all(math.isfinite(value) for pair in values for value in pair)
-        worst = max(worst, *(abs(a - b) / max(abs(a), 1e-12) for a, b in values))
-    return worst
-
-
-def _apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    assert ours.keys() == theirs.keys() and all(value.dtype == torch.float64 for value in ours.values())
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)

@@ -1,0 +1,107 @@
+"""Strategies of Lightning's that are named by their class path run here, or are refused with a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import metrics, same_weights, weights
+from tests.integration.layouts import apart, differ, in_series
+
+FSDP1, DDP = ("lightning.pytorch.strategies.FSDPStrategy", "lightning.pytorch.strategies.DDPStrategy")
+KEEP = ("--checkpoint.save_total_limit", "null", "--data.per_device_train_batch_size", "2")
+LAST, HALF = "step-00000008", "step-00000004"
+
+
+def by_class_path(kind: str) -> tuple[str, str]:
+    return ("--trainer.strategy.class_path", kind)
+
+
+def test_fsdp1_takes_the_steps_of_one_process(
+    fit_arguments: Callable[..., list[str]], fit: Callable[..., Path], tmp_path: Path
+) -> None:
+    """On CPUs, where torch's FSDP1 runs although Lightning's does not."""
+    lines = []
+    for kind, without in (("full", ()), ("lora", ("--model.lora.dropout", "0"))):
+        one = fit(tmp_path / f"{kind}-one", *KEEP, *without, config=f"{kind}.yaml")
+        words = (*KEEP, *without, *by_class_path(FSDP1))
+        for name, resumed in (("two", ()), ("on", (one / HALF,)), ("again", (tmp_path / f"{kind}-two" / HALF,))):
+            from_there = [word for path in resumed for word in ("--ckpt_path", str(path))]
+            lines.append(
+                ["fit", *fit_arguments(tmp_path / f"{kind}-{name}", *words, *from_there, config=f"{kind}.yaml")]
+            )
+    printed = in_series(2, lines, tmp_path, "flat_sharding.py")
+    assert printed.count("2 x cpu, FSDPStrategy") == len(lines)
+    for kind, without in (("full", ()), ("lora", ("--model.lora.dropout", "0"))):
+        one, two = tmp_path / f"{kind}-one", tmp_path / f"{kind}-two"
+        assert differ(metrics(one), metrics(two)) < 1e-5
+        assert same_weights(two / LAST, tmp_path / f"{kind}-again" / LAST)
+        words = ("--ckpt_path", str(two / HALF), *KEEP, *without)
+        back = fit(tmp_path / f"{kind}-back", *words, config=f"{kind}.yaml")
+        for other in (
+            two,
+            tmp_path / f"{kind}-on",
+            back,
+        ):  # AdamW in float32 blows up the last digits of small gradients
+            assert apart(weights(one / LAST), weights(other / LAST)) < 1e-4
+    assert same_weights(tmp_path / "lora-one" / "base", tmp_path / "lora-two" / "base")
+
+
+def test_ddp_by_its_class_path(
+    fit_arguments: Callable[..., list[str]], fit: Callable[..., Path], tmp_path: Path
+) -> None:
+    one = fit(tmp_path / "one", *KEEP)
+    options = ("--trainer.strategy.find_unused_parameters", "true")
+    in_series(2, [["fit", *fit_arguments(tmp_path / "two", *KEEP, *by_class_path(DDP), *options)]], tmp_path)
+    assert differ(metrics(one), metrics(tmp_path / "two")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (by_class_path(FSDP1), "trainer.strategy: FSDPStrategy (FSDP1) shards over CUDA GPUs alone. Use fsdp"),
+        (
+            by_class_path("lightning.pytorch.strategies.ModelParallelStrategy"),
+            "trainer.strategy: ModelParallelStrategy",
+        ),
+        (
+            (*by_class_path(DDP), "--trainer.strategy.start_method", "spawn"),
+            "trainer.strategy.init_args.start_method: spawn is not supported",
+        ),
+        (
+            (*by_class_path("lightning.pytorch.strategies.SingleDeviceStrategy"), "--trainer.devices", "2"),
+            "trainer.strategy: SingleDeviceStrategy is for one device, but",
+        ),
+        (
+            (*by_class_path(DDP), "--trainer.strategy.dict_kwargs", "{static_graph: true}"),
+            "trainer.strategy: static_graph reduces wrong gradients",
+        ),
+        ((*by_class_path(DDP), "--parallel.find_unused_parameters", "true"), "parallel.find_unused_parameters: is an"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    refused: Callable[..., str], tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    assert message in refused(tmp_path / "run", *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--trainer.precision", "64-true"), "trainer.precision: FSDPStrategy has no 64-true"),
+        (("--evaluation.exact_match_per_task", "2"), "evaluation.exact_match_per_task: FSDPStrategy cannot answer"),
+        (("--trainer.strategy.state_dict_type", "sharded"), "state_dict_type: sharded is no Hugging Face directory"),
+        (("--trainer.strategy.dict_kwargs", "{use_orig_params: false}"), "use_orig_params: false leaves no matrices"),
+    ],
+)
+def test_what_fsdp1_cannot_do_here_is_refused(
+    refused: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.setattr("mft_lightning.training.strategies.cuda_is_available", lambda: True)
+    assert message in refused(tmp_path / "run", *by_class_path(FSDP1), *words)
