@@ -37,6 +37,23 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         raise UserError(explain(str(error), known)) from error
 
 
+def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
+    """The objects that a configuration describes.
+
+    Raises:
+        UserError: a class that a class path names cannot be made, with its own reason.
+    """
+    try:
+        return parser.instantiate(config)
+    except ValueError as error:
+        if "any of the Union subtypes" not in str(error):
+            raise
+        named = re.search(r"class_path='(?P<path>[\w.]+)'", str(error))
+        reasons = re.findall(r"^  - (?!Expected a )(.*?)(?=^  - |^Given value)", str(error), re.MULTILINE | re.DOTALL)
+        what = f"{named['path'].rpartition('.')[2]} cannot be made" if named else "a value is of no kind that it may be"
+        raise UserError(f"{what}: {'; '.join(' '.join(reason.split()) for reason in reasons)}") from error
+
+
 def explain(message: str, known: Set[str]) -> str:
     """A parser's message with what to do about it.
 

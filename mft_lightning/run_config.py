@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
-from mft_lightning.key_errors import parse
+from mft_lightning.key_errors import instantiate, parse
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.shipped import shipped_config
@@ -94,7 +94,7 @@ class RunConfig(LightningCLI):
         check_trainer_keys(self.trainer_keys(self.config))
 
     def instantiate_classes(self) -> None:
-        self.config_init = self.parser.instantiate(self.config)
+        self.config_init = instantiate(self.parser, self.config)
         self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
         self.settings = RunSettings(**{group: self.config_init[group] for group in GROUPS}, command=self.command)
         self.trainer_config = placed(self.trainer_keys(self.config_init), self.settings)

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -294,6 +295,8 @@ class MFTModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the norm of the gradient over all ranks, and keep the norm before clipping for the logs."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            return  # whose engine clips, and tells the norm afterwards
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = clip_gradients(self._network, parameters, gradient_clip_val)
         if self.last_step is not None:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -18,11 +19,12 @@ from lightning.pytorch.strategies import (
 from torch.optim import Optimizer
 
 from mft_lightning import ranks
-from mft_lightning.errors import UserError
+from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings, fill, gathered_state, shard
 from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.launcher import LaunchedStrategy
+from mft_lightning.training.zero import ZeroStrategy
 
 SHORT_NAMES = ("auto", "ddp", "fsdp")
 
@@ -170,6 +172,12 @@ def _adopted(given: Strategy, *, devices: int, precision: str, command: Sequence
         if precision == "64-true":
             raise UserError(f"trainer.precision: {kind} has no 64-true. Use trainer.strategy: fsdp.")
         return FlatShardedStrategy(given, command)
+    if isinstance(given, DeepSpeedStrategy):
+        if not cuda_is_available():
+            raise UserError(f"{key}: {kind} runs on CUDA GPUs alone. Use fsdp, which also runs on CPUs.")
+        if precision == "16-mixed":
+            raise NotYetError("trainer.precision", precision, f"Under {kind} use bf16-mixed.")
+        return ZeroStrategy(given, command)
     if isinstance(given, ModelParallelStrategy):
         raise UserError(f"{key}: {kind} has no plan of its own for a model. Use fsdp, which is that strategy with one.")
     if isinstance(given, DDPStrategy):
@@ -184,7 +192,10 @@ def _adopted(given: Strategy, *, devices: int, precision: str, command: Sequence
         if devices > 1:
             raise UserError(f"{key}: {kind} is for one device, but trainer.devices and num_nodes give {devices}.")
         return given
-    raise UserError(f"{key}: {kind} is not supported. Use {', '.join(SHORT_NAMES)}, or the class path of FSDPStrategy.")
+    raise UserError(
+        f"{key}: {kind} is not supported. Use {', '.join(SHORT_NAMES)}, or the class path of DDPStrategy, FSDPStrategy "
+        "or DeepSpeedStrategy."
+    )
 
 
 def cuda_is_available() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,30 +12,45 @@ from tests.integration.conftest import metrics, same_weights, weights
 from tests.integration.layouts import apart, differ, in_series
 
 FSDP1, DDP = ("lightning.pytorch.strategies.FSDPStrategy", "lightning.pytorch.strategies.DDPStrategy")
+DEEPSPEED = "lightning.pytorch.strategies.DeepSpeedStrategy"
+KINDS: dict[str, tuple[str, ...]] = {"full": (), "lora": ("--model.lora.dropout", "0")}
 KEEP = ("--checkpoint.save_total_limit", "null", "--data.per_device_train_batch_size", "2")
 LAST, HALF = "step-00000008", "step-00000004"
+
+
+WITHOUT_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
 
 
 def by_class_path(kind: str) -> tuple[str, str]:
     return ("--trainer.strategy.class_path", kind)
 
 
-def test_fsdp1_takes_the_steps_of_one_process(
-    fit_arguments: Callable[..., list[str]], fit: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("class_path", "script"), [(FSDP1, "flat_sharding.py"), (DEEPSPEED, "zero_on_cpus.py")], ids=["fsdp1", "deepspeed"]
+)
+def test_it_takes_the_steps_of_one_process(
+    fit_arguments: Callable[..., list[str]],
+    fit: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    class_path: str,
+    script: str,
 ) -> None:
-    """On CPUs, where torch's FSDP1 runs although Lightning's does not."""
+    """On CPUs, where torch's FSDP1 and DeepSpeed run although Lightning does not let them."""
+    if class_path == DEEPSPEED:
+        pytest.importorskip("deepspeed", reason="deepspeed, an optional dependency, is not installed")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     lines = []
-    for kind, without in (("full", ()), ("lora", ("--model.lora.dropout", "0"))):
+    for kind, without in KINDS.items():
         one = fit(tmp_path / f"{kind}-one", *KEEP, *without, config=f"{kind}.yaml")
-        words = (*KEEP, *without, *by_class_path(FSDP1))
+        words = (*KEEP, *without, *by_class_path(class_path))
         for name, resumed in (("two", ()), ("on", (one / HALF,)), ("again", (tmp_path / f"{kind}-two" / HALF,))):
             from_there = [word for path in resumed for word in ("--ckpt_path", str(path))]
-            lines.append(
-                ["fit", *fit_arguments(tmp_path / f"{kind}-{name}", *words, *from_there, config=f"{kind}.yaml")]
-            )
-    printed = in_series(2, lines, tmp_path, "flat_sharding.py")
-    assert printed.count("2 x cpu, FSDPStrategy") == len(lines)
-    for kind, without in (("full", ()), ("lora", ("--model.lora.dropout", "0"))):
+            arguments = fit_arguments(tmp_path / f"{kind}-{name}", *words, *from_there, config=f"{kind}.yaml")
+            lines.append(["fit", *arguments])
+    printed = in_series(2, lines, tmp_path, script)
+    assert printed.count(f"2 x cpu, {class_path.rpartition('.')[2]}") == len(lines)
+    for kind, without in KINDS.items():
         one, two = tmp_path / f"{kind}-one", tmp_path / f"{kind}-two"
         assert differ(metrics(one), metrics(two)) < 1e-5
         assert same_weights(two / LAST, tmp_path / f"{kind}-again" / LAST)
@@ -61,6 +77,8 @@ def test_ddp_by_its_class_path(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        pytest.param(by_class_path(DEEPSPEED), "you must have DeepSpeed installed", marks=WITHOUT_DEEPSPEED),
+        (by_class_path("lightning.pytorch.strategies.XLAStrategy"), "XLAStrategy cannot be made: "),
         (by_class_path(FSDP1), "trainer.strategy: FSDPStrategy (FSDP1) shards over CUDA GPUs alone. Use fsdp"),
         (
             by_class_path("lightning.pytorch.strategies.ModelParallelStrategy"),
