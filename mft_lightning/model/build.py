@@ -17,7 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mft_lightning.errors import NotYetError, UserError, first_line
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
+from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.settings import LoraSettings
+from mft_lightning.model.supervised_loss import SupervisedLM
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,6 +63,43 @@ def load_config(path: str, model_type: str, trust_remote_code: bool = False) -> 
     if known != model_type:
         raise UserError(f"{key}: {path} holds a {known} model. Set model.model_type: {known} if that is meant.")
     return config
+
+
+def make_network(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    adapters: LoraSettings | None,
+    random_base: str,
+    checkpoint_activations: bool,
+    pad_vocab_to_multiple_of: int | None,
+    packed: bool,
+) -> SupervisedLM:
+    """The network of a run, from its base to its adapters, tried out on what training takes for granted.
+
+    Args:
+        source: the base model.
+        tokenizer: that the embeddings must have room for.
+        adapters: their settings; None trains all weights.
+        random_base: the directory that adapters name as their base where the base is a random draw.
+        checkpoint_activations: whether the backward pass computes activations again.
+        pad_vocab_to_multiple_of: of rows that embeddings grow to, where they must.
+        packed: whether rows will be packed.
+
+    Raises:
+        UserError: a model that cannot be loaded, or that does not do what training takes for granted.
+    """
+    model = build_causal_lm(source)
+    frozen = adapters is not None
+    fit_tokenizer(model, tokenizer, multiple_of=pad_vocab_to_multiple_of, seed=source.seed, frozen=frozen)
+    if checkpoint_activations:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    network = SupervisedLM(model)
+    check_assumptions(network, packed=packed)
+    if adapters is None:
+        return network
+    base_path = saved_path(random_base if source.init == "random" else source.path)
+    return SupervisedLM(add_lora(model, adapters, base_path=base_path, seed=source.seed))
 
 
 def build_causal_lm(source: ModelSource) -> PreTrainedModel:

@@ -53,7 +53,9 @@ def save_causal_lm(model: PreTrainedModel, state: dict[str, Tensor], directory: 
     """Write ``state`` as ``from_pretrained`` reads it, through a twin like :func:`save_model`, in the live dtype."""
     twin = _twin(model)
     twin.generation_config = model.generation_config
-    twin.save_pretrained(directory, state_dict=state)
+    # gathered one by one, tied weights no longer share the memory by which transformers knows them
+    once = {name: tensor for name, tensor in state.items() if name not in twin.all_tied_weights_keys}
+    twin.save_pretrained(directory, state_dict=once)
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:

@@ -14,21 +14,12 @@ from torch import Tensor
 from mft_lightning.data.collate import MicroBatch, StepBatch
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import NotYetError, UserError
-from mft_lightning.model.build import (
-    Attention,
-    ModelSource,
-    add_lora,
-    build_causal_lm,
-    fit_tokenizer,
-    load_config,
-    saved_path,
-)
+from mft_lightning.model.build import Attention, ModelSource, load_config, make_network
 from mft_lightning.model.export import describe, trained_names
 from mft_lightning.model.gradients import clip_gradients, gradients_kept_local
 from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, matrix_names, put_in_force
 from mft_lightning.model.parallel import live_parameters
-from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.settings import CobaSettings, LoraSettings, QLoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM, SupervisedNLL
 from mft_lightning.shipped import shipped_example
@@ -194,25 +185,18 @@ class MFTModule(L.LightningModule):
             random_base: the directory that an adapter names as its base where the base is a random draw.
         """
         if self.network is None:
-            model = build_causal_lm(self.source)
-            frozen = self.peft_type is not None
-            fit_tokenizer(
-                model,
+            self.network = make_network(
+                self.source,
                 datamodule.tokenizer,
-                multiple_of=self.pad_vocab_to_multiple_of,
-                seed=self.source.seed,
-                frozen=frozen,
+                adapters=self.lora if self.peft_type is not None else None,
+                random_base=random_base,
+                checkpoint_activations=self.checkpoint_activations,
+                pad_vocab_to_multiple_of=self.pad_vocab_to_multiple_of,
+                packed=datamodule.packed,
             )
-            if self.checkpoint_activations:
-                model.activation_checkpointing_enable({"use_reentrant": False})
-            check_assumptions(SupervisedLM(model), packed=datamodule.packed)
             names = datamodule.task_names
             self.task_weights = torch.tensor(datamodule.task_weights or [1.0] * len(names), dtype=torch.float64)
             self.sums = {split: TaskSums(names) for split in ("val", "test")}
-            base_path = random_base if self.source.init == "random" else self.source.path
-            self.network = SupervisedLM(
-                add_lora(model, self.lora, base_path=saved_path(base_path), seed=self.source.seed) if frozen else model
-            )
             self.description = describe(self.network.model, self.network.causal_lm)
             self.matrices = matrix_names(self.network)
             self.saved_names = {NETWORK + name for name in trained_names(self.network.model)}

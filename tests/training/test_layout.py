@@ -1,0 +1,47 @@
+"""How many devices a run has, by its configuration and by what torchrun has started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mft_lightning.errors import UserError
+from mft_lightning.training.layout import Layout, find_layout
+
+
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of one of two machines with four processes each."""
+    for name, value in {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+
+
+@pytest.mark.parametrize(("devices", "count"), [("auto", 1), (2, 2), ("3", 3), ("1", 1)])
+def test_without_a_launcher_it_is_what_is_asked_for(devices: Any, count: int) -> None:
+    layout = find_layout("cpu", devices, 2)
+    assert layout == Layout(devices, count, 2) and layout.total == 2 * count
+
+
+def test_what_is_left_open_is_what_torchrun_started(torchrun: None) -> None:
+    assert find_layout("cpu", "auto", 1) == find_layout("cpu", 4, 2) == Layout(4, 4, 2)
+    assert find_layout("cpu", "auto", 1).total == 8
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "message"),
+    [
+        (2, 1, r"trainer\.devices: 2 asks for 2 on each node, but torchrun started 4 process\(es\) on this one"),
+        ("auto", 3, r"trainer\.num_nodes: 3, but torchrun started processes on 2"),
+    ],
+)
+def test_a_contradiction_is_an_error(torchrun: None, devices: Any, nodes: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_layout("cpu", devices, nodes)
+
+
+@pytest.mark.parametrize("devices", [0, "many", -3, [0, 0]])
+def test_devices_that_there_cannot_be(devices: Any) -> None:
+    with pytest.raises(UserError, match=r"^trainer: "):
+        find_layout("cpu", devices, 1)
