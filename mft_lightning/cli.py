@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mft_lightning import __version__, ranks
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, first_line
 
 # name -> (module:function, what it does); a command is imported only when it is called
 COMMANDS = {
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[0] in RANKED:
             ranks.join()
         _command(arguments[0])(arguments[1:])
+        ranks.end()
     except UserError as error:
         if ranks.is_first_to_fail():
             if verbose:
@@ -72,7 +73,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         if not ranks.is_lost_peer(error) or verbose:
             raise
-        print(f"error: {_of_rank()}another rank is gone without a word. Go on with --ckpt_path last.", file=sys.stderr)
+        why = f"another rank is gone without a word, or out of reach ({first_line(error)})"
+        print(f"error: {_of_rank()}{why}. Go on with --ckpt_path last.", file=sys.stderr)
         return 1
     return 0
 

@@ -7,7 +7,6 @@ same. torch is imported when a process is one of several, not before.
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 import threading
@@ -48,7 +47,6 @@ def join() -> None:
 
     if not dist.is_initialized():
         dist.init_process_group(backend())
-        atexit.register(leave)  # NCCL complains of a group that nobody dissolves
 
 
 def leave() -> None:
@@ -63,6 +61,12 @@ def backend() -> str:
     import torch
 
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def end() -> None:
+    """The work of a rank is done that another one started."""
+    if STARTED_BY in os.environ:
+        leave()
 
 
 def number() -> int:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
@@ -24,7 +24,6 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.optim import Optimizer
 
-from mft_lightning import ranks
 from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import live_parameters, transformer_layers
@@ -53,9 +52,7 @@ class FlatShardedStrategy(LaunchedStrategy, FSDPStrategy):
     short_name = "FSDPStrategy"
 
     def __init__(self, given: FSDPStrategy, command: Sequence[str]) -> None:
-        self.__dict__.update(vars(given))
-        self.command = command
-        self._process_group_backend = given.process_group_backend or ranks.backend()
+        self.adopt(given, command)
         if self._state_dict_type != "full":
             raise UserError(
                 "trainer.strategy.init_args.state_dict_type: sharded is no Hugging Face directory. Leave it out."
@@ -92,10 +89,6 @@ class FlatShardedStrategy(LaunchedStrategy, FSDPStrategy):
 
     # ---------------------------------------------------------------- checkpoints, as without sharding
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Gathered on rank 0, empty elsewhere."""
         assert self.model is not None
@@ -110,12 +103,6 @@ class FlatShardedStrategy(LaunchedStrategy, FSDPStrategy):
             named = FullyShardedDataParallel.optim_state_dict(self.model, plain)
         numbers = {name: number for number, name in enumerate(self._names(plain))}
         return _renamed(named, numbers) if self.is_global_zero else {}
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None

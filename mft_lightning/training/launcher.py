@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from mft_lightning import ranks
@@ -64,11 +64,11 @@ class RankLauncher(_SubprocessScriptLauncher):
                 raise UserError(killed) from error
             raise
         done.set()
+        ranks.leave()
         if not self._wait(GOODBYE, all):
             self.kill(signal.SIGKILL)
-        ranks.leave()
-        os.environ.clear()
-        os.environ.update(before)
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
         return result
 
     def _call_children_scripts(self) -> None:
@@ -126,7 +126,10 @@ class RankLauncher(_SubprocessScriptLauncher):
 
 
 class LaunchedStrategy(ParallelStrategy):
-    """What the strategies of this program have in common: how their ranks are started, and where these meet first.
+    """What the strategies of this program have in common.
+
+    Ranks are started by the launcher here and wait for each other before anything is written; checkpoints go through
+    the run's CheckpointIO, where some of Lightning's strategies write forms of their own.
 
     Attributes:
         command: the words that start a further rank.
@@ -135,6 +138,12 @@ class LaunchedStrategy(ParallelStrategy):
 
     command: Sequence[str]
     num_nodes: int
+
+    def adopt(self, given: Any, command: Sequence[str]) -> None:
+        """Take over the settings of a strategy that the configuration made, which is not used any further."""
+        self.__dict__.update(vars(given))
+        self.command = command
+        self._process_group_backend = given.process_group_backend or ranks.backend()
 
     def _configure_launcher(self) -> None:
         environment = self.cluster_environment
@@ -146,3 +155,13 @@ class LaunchedStrategy(ParallelStrategy):
         """Also wait until all ranks have checked all there is to check, so that nothing is written before."""
         super().setup_environment()
         self.barrier("checked")
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)

@@ -43,14 +43,14 @@ class DataParallelStrategy(LaunchedStrategy, DDPStrategy):
         )
         self.command = command
 
-    @classmethod
-    def adopt(cls, given: DDPStrategy, command: Sequence[str]) -> DataParallelStrategy:
-        """With the settings of a strategy that the configuration made, which is not used any further."""
-        adopted = cls.__new__(cls)
-        adopted.__dict__.update(vars(given))
-        adopted.command = command
-        adopted._process_group_backend = given.process_group_backend or ranks.backend()
-        return adopted
+
+class AdoptedDDPStrategy(LaunchedStrategy, DDPStrategy):
+    """Lightning's DDPStrategy, named by its class path, with the options it was given."""
+
+    short_name = "DDPStrategy"
+
+    def __init__(self, given: DDPStrategy, command: Sequence[str]) -> None:
+        self.adopt(given, command)
 
 
 class ShardedStrategy(LaunchedStrategy, ModelParallelStrategy):
@@ -82,10 +82,6 @@ class ShardedStrategy(LaunchedStrategy, ModelParallelStrategy):
 
     # ---------------------------------------------------------------- checkpoints, as without sharding
 
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the weights: gathered on rank 0, empty tensors elsewhere."""
         module = cast(MFTModule, self.lightning_module)
@@ -96,12 +92,6 @@ class ShardedStrategy(LaunchedStrategy, ModelParallelStrategy):
         """In the optimizer's own numbering, as every other strategy has it."""
         plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         return gathered_state(plain.state_dict(), keep=self.is_global_zero)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         live = self.lightning_module.state_dict()  # type: ignore[union-attr]  # connected by now
@@ -187,7 +177,7 @@ def _adopted(given: Strategy, *, devices: int, precision: str, command: Sequence
             raise UserError(
                 f"{key}: static_graph reduces wrong gradients where a step has micro-batches. Leave it out."
             )
-        return DataParallelStrategy.adopt(given, command)
+        return AdoptedDDPStrategy(given, command)
     if isinstance(given, SingleDeviceStrategy):
         if devices > 1:
             raise UserError(f"{key}: {kind} is for one device, but trainer.devices and num_nodes give {devices}.")

@@ -12,11 +12,10 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mft_lightning import ranks
 from mft_lightning.errors import NotYetError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.training.launcher import LaunchedStrategy
@@ -39,9 +38,7 @@ class ZeroStrategy(LaunchedStrategy, DeepSpeedStrategy):
     short_name = "DeepSpeedStrategy"
 
     def __init__(self, given: DeepSpeedStrategy, command: Sequence[str]) -> None:
-        self.__dict__.update(vars(given))
-        self.command = command
-        self._process_group_backend = given.process_group_backend or ranks.backend()
+        self.adopt(given, command)
         self.trained: list[nn.Parameter] = []  # in the optimizer's own order
         key, settings = "trainer.strategy (DeepSpeedStrategy)", cast("dict[str, Any]", self.config)
         zero = settings.get("zero_optimization", {})
@@ -114,16 +111,6 @@ class ZeroStrategy(LaunchedStrategy, DeepSpeedStrategy):
             groups.append({**settings, "params": list(range(start, start + len(members)))})
             start += len(members)
         return {"state": moments, "param_groups": groups}
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         from deepspeed.utils import safe_set_full_fp32_param

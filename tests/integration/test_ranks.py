@@ -113,7 +113,8 @@ def test_an_error_of_python_is_told_once(arguments: Callable[..., list[str]]) ->
 def test_the_first_rank_is_killed(arguments: Callable[..., list[str]]) -> None:
     done = run(OWN, arguments(*fault("kill", 0)))
     assert done.returncode == -signal.SIGKILL
-    assert told(done) == ["error: rank 1: another rank is gone without a word. Go on with --ckpt_path last."]
+    (message,) = told(done)
+    assert message.startswith("error: rank 1: another rank is gone without a word, or out of reach (")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
