@@ -16,6 +16,8 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for module in ("lightning.fabric.utilities.rank_zero", "lightning_utilities.core.rank_zero"):
+        monkeypatch.setattr(f"{module}.rank_zero_only.rank", 0)  # which Lightning sets for good
 
 
 @pytest.mark.parametrize(("devices", "count"), [("auto", 1), (2, 2), ("3", 3), ("1", 1)])
