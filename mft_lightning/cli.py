@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
                 traceback.print_exc()
             print(f"error: {_of_rank()}{error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+            raise  # else it is how Lightning passes on an interrupt
         if ranks.is_first():
             print("error: interrupted.", file=sys.stderr)
         return 130

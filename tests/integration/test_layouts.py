@@ -88,6 +88,25 @@ def test_a_layout_takes_the_steps_of_one_process(
     assert same_weights(one_process / "lora32" / "base", tmp_path / "lora32" / "base")  # the same random bits
 
 
+def test_ranks_without_work_take_part(
+    fit_arguments: Callable[..., list[str]], fit: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One conversation a step, and one to validate on, for two ranks."""
+    few = ("--data.total_train_batch_size", "1", "--evaluation.max_conversations_per_task", "1")
+    few += ("--evaluation.exclude_tasks", "[text_to_code,unit_tests]", "--trainer.max_steps", "6")
+    lines = []
+    for kind in KINDS:
+        words = (*few, *_of(kind))
+        fit(tmp_path / f"{kind}-one", *words, config=f"{kind}.yaml")
+        for strategy in ("ddp", "fsdp"):
+            arguments = fit_arguments(tmp_path / f"{kind}-{strategy}", *words, config=f"{kind}.yaml")
+            lines.append(["fit", *arguments, "--trainer.strategy", strategy])
+    in_series(2, lines, tmp_path)
+    for kind in KINDS:
+        for strategy in ("ddp", "fsdp"):
+            assert differ(metrics(tmp_path / f"{kind}-one"), metrics(tmp_path / f"{kind}-{strategy}")) < LOSS
+
+
 def test_gradients_are_reduced_once_a_step(fit_arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     lines = []
     for strategy in ("ddp", "fsdp"):
