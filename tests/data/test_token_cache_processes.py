@@ -102,12 +102,12 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_whole_and_no_process_
 def test_a_process_that_is_asked_to_end_does_so_at_once_and_takes_the_others_with_it(
     task: Task, tmp_path: Path, sent: signal.Signals
 ) -> None:
-    child = start(task, tmp_path / "cache", 2, 0.3)
+    child = start(task, tmp_path / "cache", 2, 1.0)  # all of it would take 15 seconds
     pids = processes_of(child)
     asked = time.monotonic()
     os.killpg(child.pid, sent) if sent == signal.SIGINT else child.send_signal(sent)  # Ctrl-C goes to all of them
     _, errors = child.communicate(timeout=20)
-    assert time.monotonic() - asked < 5
+    assert time.monotonic() - asked < 12  # at once, on a busy machine
     wait_until_gone(pids)
     assert child.returncode == -sent and kept(tmp_path / "cache") == {}
     assert errors.count("KeyboardInterrupt") == (sent == signal.SIGINT)
