@@ -96,10 +96,15 @@ def transformer_layers(network: SupervisedLM) -> list[nn.Module]:
     return layers
 
 
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # of FSDP1, of its activation checkpointing
+
+
 def live_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """A module's parameters by the names they had before FSDP1 wrapped parts of it."""
     for name, parameter in module.named_parameters():
-        yield name.replace("_fsdp_wrapped_module.", ""), parameter
+        for wrapper in WRAPPERS:
+            name = name.replace(wrapper, "")
+        yield name, parameter
 
 
 def is_sharded(network: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from tests.integration.layouts import apart, differ, in_series
 FSDP1, DDP = ("lightning.pytorch.strategies.FSDPStrategy", "lightning.pytorch.strategies.DDPStrategy")
 DEEPSPEED = "lightning.pytorch.strategies.DeepSpeedStrategy"
 KINDS: dict[str, tuple[str, ...]] = {"full": (), "lora": ("--model.lora.dropout", "0")}
+LAYER = "transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXLayer"
 KEEP = ("--checkpoint.save_total_limit", "null", "--data.per_device_train_batch_size", "2")
 LAST, HALF = "step-00000008", "step-00000004"
 
@@ -63,6 +64,18 @@ def test_it_takes_the_steps_of_one_process(
         ):  # AdamW in float32 blows up the last digits of small gradients
             assert apart(weights(one / LAST), weights(other / LAST)) < 1e-4
     assert same_weights(tmp_path / "lora-one" / "base", tmp_path / "lora-two" / "base")
+
+
+def test_fsdp1_that_computes_activations_again(
+    fit_arguments: Callable[..., list[str]], fit: Callable[..., Path], tmp_path: Path
+) -> None:
+    """torch wraps those layers in a module of its own too, and parameters are told by their names."""
+    one = fit(tmp_path / "one", *KEEP)
+    options = ("--trainer.strategy.activation_checkpointing_policy", f"[{LAYER}]")
+    arguments = fit_arguments(tmp_path / "two", *KEEP, *by_class_path(FSDP1), *options)
+    in_series(2, [["fit", *arguments]], tmp_path, "flat_sharding.py")
+    assert differ(metrics(one), metrics(tmp_path / "two")) < 1e-5
+    assert apart(weights(one / LAST), weights(tmp_path / "two" / LAST)) < 1e-4
 
 
 def test_ddp_by_its_class_path(
