@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -42,31 +41,37 @@ def clip_gradients(network: nn.Module, parameters: Sequence[nn.Parameter], limit
         parameters: those that train.
         limit: of the global 2-norm; None and 0 are no limit.
     """
-    if isinstance(network, FullyShardedDataParallel):  # who alone knows which of its shards are copies
-        return network.clip_grad_norm_(limit or math.inf)
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = global_norm(parameter.grad for parameter in with_gradient if parameter.grad is not None)
+    norm = global_norm((parameter.grad for parameter in with_gradient if parameter.grad is not None), network)
     if limit:
         torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, norm)
     return norm
 
 
-def global_norm(gradients: Iterable[Tensor]) -> Tensor:
+def global_norm(gradients: Iterable[Tensor], network: nn.Module | None = None) -> Tensor:
     """The 2-norm of all gradients taken as one vector, ``float64 []``, the same on every rank.
 
     Squares are added up in blocks, and the blocks in float64: one sum over 25 million float32 gradients is off by a
     thousandth on a CPU, and otherwise on half of them (``torch.linalg.vector_norm`` in torch 2.13).
 
     Args:
-        gradients: whole ones, the same on every rank, or shards of FSDP2; then all ranks must ask.
+        gradients: whole ones, the same on every rank, or shards of FSDP2 or FSDP1; then all ranks must ask.
+        network: that they are of, where it is FSDP1's, whose shards do not tell that they are, and of which a rank may
+            have none.
     """
     whole: list[Tensor] = []
     shards: list[Tensor] = []
     group = None
+    flat = network if isinstance(network, FullyShardedDataParallel) else None
+    if flat is not None:
+        group = flat.process_group
+        shards.append(torch.zeros((), dtype=torch.float64, device=flat.compute_device))
     for gradient in gradients:
         if isinstance(gradient, DTensor):
             group = gradient.device_mesh.get_group()
             shards.append(_squares(gradient.to_local()))
+        elif flat is not None:
+            shards.append(_squares(gradient).to(flat.compute_device))
         else:
             whole.append(_squares(gradient))
     total = torch.stack(whole or [torch.zeros((), dtype=torch.float64)]).sum()
