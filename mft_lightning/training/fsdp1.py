@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
     FullStateDictConfig,
     FullyShardedDataParallel,
     MixedPrecision,
+    ShardingStrategy,
     StateDictType,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -28,6 +29,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import live_parameters, transformer_layers
 from mft_lightning.training.launcher import LaunchedStrategy
+from mft_lightning.training.layout import Layout
 
 # trainer.precision -> how gathered weights are held and gradients reduced; buffers, the rotary frequencies, stay as
 # they are, which Lightning would round too
@@ -43,6 +45,7 @@ class FlatShardedStrategy(LaunchedStrategy, FSDPStrategy):
 
     Args:
         given: that strategy, which is not used any further.
+        layout: the devices to share out over.
         command: the words that start a further rank.
 
     Raises:
@@ -51,8 +54,9 @@ class FlatShardedStrategy(LaunchedStrategy, FSDPStrategy):
 
     short_name = "FSDPStrategy"
 
-    def __init__(self, given: FSDPStrategy, command: Sequence[str]) -> None:
+    def __init__(self, given: FSDPStrategy, layout: Layout, command: Sequence[str]) -> None:
         self.adopt(given, command)
+        self._check_shards(layout)
         if self._state_dict_type != "full":
             raise UserError(
                 "trainer.strategy.init_args.state_dict_type: sharded is no Hugging Face directory. Leave it out."
@@ -68,6 +72,25 @@ class FlatShardedStrategy(LaunchedStrategy, FSDPStrategy):
                 "trainer.strategy.init_args.use_orig_params: false leaves no matrices to tell from biases, which decay "
                 "differently. Leave it out."
             )
+
+    def _check_shards(self, layout: Layout) -> None:
+        """Refuse what leaves each device with everything: FSDP1 then reduces no gradients over copies.
+
+        Neither does it give back the frozen weights of an adapter (NO_SHARD, torch 2.13, which warns of it).
+        """
+        key, kind, mesh = "trainer.strategy.init_args", self.sharding_strategy, self.kwargs.get("device_mesh")
+        hybrid = kind in (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
+        if layout.total == 1:
+            raise UserError(f"trainer.strategy: {self.short_name} has one device to share out over. Use auto.")
+        if kind == ShardingStrategy.NO_SHARD:
+            raise UserError(f"{key}.sharding_strategy: NO_SHARD shares out nothing. Use trainer.strategy: ddp.")
+        if mesh is not None and not hybrid:
+            raise UserError(f"{key}.device_mesh: is for sharding_strategy: HYBRID_SHARD. Leave it out.")
+        copies, shards = mesh or ((layout.nodes, layout.count) if hybrid else (1, layout.total))
+        if copies * shards != layout.total:
+            raise UserError(f"{key}.device_mesh: {copies} x {shards} is not the {layout.total} devices of the run.")
+        if shards == 1:
+            raise UserError(f"{key}: {copies} copies of 1 shard share out nothing. Use trainer.strategy: ddp.")
 
     @property
     def mixed_precision_config(self) -> MixedPrecision | None:

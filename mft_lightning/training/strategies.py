@@ -24,6 +24,7 @@ from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings, fill, gathered_state, shard
 from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.launcher import LaunchedStrategy
+from mft_lightning.training.layout import Layout
 from mft_lightning.training.zero import ZeroStrategy
 
 SHORT_NAMES = ("auto", "ddp", "fsdp")
@@ -119,24 +120,24 @@ def _as_parameter(value: Any, parameter: torch.Tensor) -> Any:
 
 
 def make_strategy(
-    asked: Any, settings: ParallelSettings, *, devices: int, precision: str, command: Sequence[str]
+    asked: Any, settings: ParallelSettings, *, layout: Layout, precision: str, command: Sequence[str]
 ) -> str | Strategy:
     """The strategy of a run.
 
     Args:
         asked: ``trainer.strategy``: a short name, or Lightning's strategy that a class path made.
         settings: options of the short names.
-        devices: of all nodes.
+        layout: the devices of the run.
         precision: ``trainer.precision``.
         command: the words that start a further rank.
 
     Raises:
         UserError: an unknown name, options that the strategy does not have, or a strategy that cannot do this.
     """
-    name = ("ddp" if devices > 1 else "auto") if asked == "auto" else asked
+    name = ("ddp" if layout.total > 1 else "auto") if asked == "auto" else asked
     _check_options(name, settings)
     if isinstance(name, Strategy):
-        return _adopted(name, devices=devices, precision=precision, command=command)
+        return _adopted(name, layout=layout, precision=precision, command=command)
     if name == "ddp":
         return DataParallelStrategy(settings, command)
     if name == "fsdp":
@@ -151,7 +152,7 @@ def make_strategy(
     return "auto"
 
 
-def _adopted(given: Strategy, *, devices: int, precision: str, command: Sequence[str]) -> Strategy:
+def _adopted(given: Strategy, *, layout: Layout, precision: str, command: Sequence[str]) -> Strategy:
     """A strategy of Lightning's that was named by its class path, with what it needs to run here."""
     key, kind = "trainer.strategy", type(given).__name__
     if isinstance(given, FSDPStrategy):
@@ -161,7 +162,7 @@ def _adopted(given: Strategy, *, devices: int, precision: str, command: Sequence
             )
         if precision == "64-true":
             raise UserError(f"trainer.precision: {kind} has no 64-true. Use trainer.strategy: fsdp.")
-        return FlatShardedStrategy(given, command)
+        return FlatShardedStrategy(given, layout, command)
     if isinstance(given, DeepSpeedStrategy):
         if not cuda_is_available():
             raise UserError(f"{key}: {kind} runs on CUDA GPUs alone. Use fsdp, which also runs on CPUs.")
@@ -179,8 +180,8 @@ def _adopted(given: Strategy, *, devices: int, precision: str, command: Sequence
             )
         return AdoptedDDPStrategy(given, command)
     if isinstance(given, SingleDeviceStrategy):
-        if devices > 1:
-            raise UserError(f"{key}: {kind} is for one device, but trainer.devices and num_nodes give {devices}.")
+        if layout.total > 1:
+            raise UserError(f"{key}: {kind} is for one device, but trainer.devices and num_nodes give {layout.total}.")
         return given
     raise UserError(
         f"{key}: {kind} is not supported. Use {', '.join(SHORT_NAMES)}, or the class path of DDPStrategy, FSDPStrategy "

@@ -204,7 +204,7 @@ def placed(keys: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
     strategy = make_strategy(
         keys["strategy"],
         settings.parallel,
-        devices=layout.total,
+        layout=layout,
         precision=precision,
         command=settings.command,
     )

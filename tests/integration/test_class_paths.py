@@ -15,6 +15,7 @@ FSDP1, DDP = ("lightning.pytorch.strategies.FSDPStrategy", "lightning.pytorch.st
 DEEPSPEED = "lightning.pytorch.strategies.DeepSpeedStrategy"
 KINDS: dict[str, tuple[str, ...]] = {"full": (), "lora": ("--model.lora.dropout", "0")}
 LAYER = "transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXLayer"
+HYBRID = ("--trainer.strategy.sharding_strategy", "HYBRID_SHARD")
 KEEP = ("--checkpoint.save_total_limit", "null", "--data.per_device_train_batch_size", "2")
 LAST, HALF = "step-00000008", "step-00000004"
 
@@ -121,6 +122,11 @@ def test_what_cannot_run_is_refused(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("--trainer.strategy.sharding_strategy", "NO_SHARD"), "sharding_strategy: NO_SHARD shares out nothing"),
+        (("--trainer.strategy.device_mesh", "[1, 2]"), "device_mesh: is for sharding_strategy: HYBRID_SHARD"),
+        ((*HYBRID, "--trainer.strategy.device_mesh", "[2, 2]"), "device_mesh: 2 x 2 is not the 2 devices"),
+        ((*HYBRID, "--trainer.strategy.device_mesh", "[2, 1]"), "2 copies of 1 shard share out nothing"),
+        (("--trainer.devices", "1"), "FSDPStrategy has one device to share out over. Use auto"),
         (("--trainer.precision", "64-true"), "trainer.precision: FSDPStrategy has no 64-true"),
         (("--evaluation.exact_match_per_task", "2"), "evaluation.exact_match_per_task: FSDPStrategy cannot answer"),
         (("--trainer.strategy.state_dict_type", "sharded"), "state_dict_type: sharded is no Hugging Face directory"),
@@ -136,4 +142,4 @@ def test_what_fsdp1_cannot_do_here_is_refused(
     message: str,
 ) -> None:
     monkeypatch.setattr("mft_lightning.training.strategies.cuda_is_available", lambda: True)
-    assert message in refused(tmp_path / "run", *by_class_path(FSDP1), *words)
+    assert message in refused(tmp_path / "run", *by_class_path(FSDP1), "--trainer.devices", "2", *words)
