@@ -153,9 +153,12 @@ def make_strategy(
 
 
 def _adopted(given: Strategy, *, layout: Layout, precision: str, command: Sequence[str]) -> Strategy:
-    """A strategy of Lightning's that was named by its class path, with what it needs to run here."""
+    """A strategy of Lightning's that was named by its class path, with what it needs to run here.
+
+    Not one derived from it, of which only the settings would be taken over.
+    """
     key, kind = "trainer.strategy", type(given).__name__
-    if isinstance(given, FSDPStrategy):
+    if type(given) is FSDPStrategy:
         if not cuda_is_available():
             raise UserError(
                 f"{key}: {kind} (FSDP1) shards over CUDA GPUs alone. Use fsdp (FSDP2), which also runs on CPUs."
@@ -163,7 +166,7 @@ def _adopted(given: Strategy, *, layout: Layout, precision: str, command: Sequen
         if precision == "64-true":
             raise UserError(f"trainer.precision: {kind} has no 64-true. Use trainer.strategy: fsdp.")
         return FlatShardedStrategy(given, layout, command)
-    if isinstance(given, DeepSpeedStrategy):
+    if type(given) is DeepSpeedStrategy:
         if not cuda_is_available():
             raise UserError(f"{key}: {kind} runs on CUDA GPUs alone. Use fsdp, which also runs on CPUs.")
         if precision == "16-mixed":
@@ -171,7 +174,7 @@ def _adopted(given: Strategy, *, layout: Layout, precision: str, command: Sequen
         return ZeroStrategy(given, command)
     if isinstance(given, ModelParallelStrategy):
         raise UserError(f"{key}: {kind} has no plan of its own for a model. Use fsdp, which is that strategy with one.")
-    if isinstance(given, DDPStrategy):
+    if type(given) is DDPStrategy:
         if given._start_method != "popen":
             raise UserError(f"{key}.init_args.start_method: {given._start_method} is not supported. Leave it out.")
         if given._ddp_kwargs.get("static_graph"):  # counts on one backward a step, and is wrong with several

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 
 from tests.integration.conftest import metrics, same_weights, weights
 from tests.integration.layouts import apart, differ, in_series
@@ -21,6 +22,10 @@ LAST, HALF = "step-00000008", "step-00000004"
 
 
 WITHOUT_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+
+
+class OwnDDPStrategy(DDPStrategy):
+    """One that a user derived."""
 
 
 def by_class_path(kind: str) -> tuple[str, str]:
@@ -92,6 +97,7 @@ def test_ddp_by_its_class_path(
     ("words", "message"),
     [
         pytest.param(by_class_path(DEEPSPEED), "you must have DeepSpeed installed", marks=WITHOUT_DEEPSPEED),
+        (by_class_path(f"{__name__}.OwnDDPStrategy"), "trainer.strategy: OwnDDPStrategy is not supported. Use auto,"),
         (by_class_path("lightning.pytorch.strategies.XLAStrategy"), "XLAStrategy cannot be made: "),
         (by_class_path(FSDP1), "trainer.strategy: FSDPStrategy (FSDP1) shards over CUDA GPUs alone. Use fsdp"),
         (
