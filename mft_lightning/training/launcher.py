@@ -16,6 +16,7 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch.distributed.constants import default_pg_timeout
 
 from mft_lightning import ranks
 from mft_lightning.errors import UserError
@@ -141,10 +142,17 @@ class LaunchedStrategy(ParallelStrategy):
     num_nodes: int
 
     def adopt(self, given: Any, command: Sequence[str]) -> None:
-        """Take over the settings of a strategy that the configuration made, which is not used any further."""
+        """Take over the settings of a strategy that the configuration made, which is not used any further.
+
+        Raises:
+            UserError: settings of how ranks meet, which they have before a strategy is made.
+        """
+        for key, default in (("process_group_backend", None), ("timeout", default_pg_timeout)):
+            if getattr(given, f"_{key}") != default:
+                raise UserError(f"trainer.strategy.init_args.{key}: has no effect here. Leave it out.")
         self.__dict__.update(vars(given))
         self.command = command
-        self._process_group_backend = given.process_group_backend or ranks.backend()
+        self._process_group_backend: str | None = ranks.backend()
 
     def _configure_launcher(self) -> None:
         environment = self.cluster_environment

@@ -105,6 +105,14 @@ def test_ddp_by_its_class_path(
             "trainer.strategy: ModelParallelStrategy",
         ),
         (
+            (*by_class_path(DDP), "--trainer.strategy.process_group_backend", "mpi"),
+            "trainer.strategy.init_args.process_group_backend: has no effect here",
+        ),
+        (
+            (*by_class_path(DDP), "--trainer.strategy.timeout", "0:01:00"),
+            "trainer.strategy.init_args.timeout: has no effect here",
+        ),
+        (
             (*by_class_path(DDP), "--trainer.strategy.start_method", "spawn"),
             "trainer.strategy.init_args.start_method: spawn is not supported",
         ),
