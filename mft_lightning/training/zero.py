@@ -16,11 +16,19 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mft_lightning.errors import NotYetError
+from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.training.launcher import LaunchedStrategy
 
 STAGES = (1, 2)
+ELSEWHERE = {  # keys of DeepSpeed's configuration that a run decides, and where to say it here
+    "gradient_clipping": "trainer.gradient_clip_val",
+    "gradient_accumulation_steps": "data.gradient_accumulation_steps",
+    "train_batch_size": "data.total_train_batch_size",
+    "bf16": "trainer.precision",
+    "fp16": "trainer.precision",
+    "amp": "trainer.precision",
+}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of every element of a parameter
 
 
@@ -32,6 +40,7 @@ class ZeroStrategy(LaunchedStrategy, DeepSpeedStrategy):
         command: the words that start a further rank.
 
     Raises:
+        UserError: a setting that has another home here.
         NotYetError: a setting whose checkpoints could not be read back.
     """
 
@@ -46,6 +55,15 @@ class ZeroStrategy(LaunchedStrategy, DeepSpeedStrategy):
             raise NotYetError(f"{key} stage", zero.get("stage"), "Use 1 or 2, or trainer.strategy: fsdp.")
         if any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param")):
             raise NotYetError(key, "offload", "Use trainer.strategy: fsdp with parallel.cpu_offload.")
+        for name, here in ELSEWHERE.items():
+            if name in settings:
+                raise UserError(f"trainer.strategy.init_args.config: {name} is not decided there. Use {here}.")
+        for name, value in settings.get("activation_checkpointing", {}).items():
+            if value:
+                raise UserError(
+                    f"trainer.strategy (DeepSpeedStrategy): {name} has no effect on transformers' layers. Use "
+                    "model.checkpoint_activations."
+                )
         if "optimizer" in settings or "scheduler" in settings:
             raise NotYetError(key, "optimizer", "Leave it out of DeepSpeed's configuration; model.* has its settings.")
         settings.setdefault("train_micro_batch_size_per_gpu", 1)  # for its timers; Lightning would ask the loader
