@@ -61,12 +61,6 @@ class FlatShardedStrategy(LaunchedStrategy, FSDPStrategy):
             raise UserError(
                 "trainer.strategy.init_args.state_dict_type: sharded is no Hugging Face directory. Leave it out."
             )
-        mesh = self.kwargs.get("device_mesh")
-        if isinstance(mesh, tuple | list) and mesh[-1] == 1:
-            raise UserError(
-                f"trainer.strategy.init_args.device_mesh: {mesh} shards over 1 device, for which FSDP1 does not reduce "
-                "gradients at all. Use trainer.strategy: ddp."
-            )
         if not self.kwargs["use_orig_params"]:
             raise UserError(
                 "trainer.strategy.init_args.use_orig_params: false leaves no matrices to tell from biases, which decay "
