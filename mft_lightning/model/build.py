@@ -155,7 +155,7 @@ def fit_tokenizer(
                 "lora",
                 f"The tokenizer has {len(tokenizer)} tokens, the model {rows}: to grow embeddings, train all weights.",
             )
-        with seeded(seed):
+        with seeded(seed), _one_thread():  # else sums, and so the new rows, follow the number of threads
             model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple_of)
     generation = model.generation_config
     assert generation is not None
@@ -213,6 +213,16 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def is_adapter(directory: Path) -> bool:
