@@ -27,6 +27,7 @@ _ANNOUNCEMENTS = (
     "Loaded model weights",
     "LOCAL_RANK",
     "Initializing distributed",
+    "Using bfloat16",
     "Detected KeyboardInterrupt",
     "-----",
 )
