@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mft_lightning.errors import UserError
@@ -36,10 +36,12 @@ def find_layout(accelerator: Any, devices: Any, num_nodes: int) -> Layout:
         num_nodes: ``trainer.num_nodes``, where 1 is open.
 
     Raises:
-        UserError: devices that are not there, or others than torchrun has started processes for.
+        UserError: devices that are not there, or others than a launcher has started processes for.
     """
     if not TorchElasticEnvironment.detect():
-        return Layout(devices, _count(accelerator, devices, num_nodes), num_nodes)
+        layout = Layout(devices, _count(accelerator, devices, num_nodes), num_nodes)
+        _check_environment(layout)
+        return layout
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     count = local if devices == "auto" else _count(accelerator, devices, num_nodes)
     nodes = max(1, world // local)
@@ -54,6 +56,28 @@ def find_layout(accelerator: Any, devices: Any, num_nodes: int) -> Layout:
             f"{num_nodes}, or leave trainer.num_nodes out."
         )
     return Layout(local if devices == "auto" else devices, count, nodes)
+
+
+def _check_environment(layout: Layout) -> None:
+    """Refuse what a launcher says, or another run has left, that is not the run that is asked for.
+
+    Else ranks would wait for others that nobody starts, or each train alone.
+    """
+    asked = f"trainer.devices and trainer.num_nodes give {layout.total} device(s)"
+    variables = os.environ
+    if SLURMEnvironment.detect() and (tasks := int(variables["SLURM_NTASKS"])) != layout.total:
+        raise UserError(f"{asked}, but SLURM has {tasks} task(s). Start it with srun --ntasks {layout.total}.")
+    if int(variables.get("NODE_RANK", "0")) >= layout.nodes:
+        raise UserError(f"NODE_RANK is {variables['NODE_RANK']} in the environment, but {asked}. Unset it.")
+    if "LOCAL_RANK" not in variables or SLURMEnvironment.detect():
+        return
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in variables]
+    if layout.total > 1 and missing:
+        raise UserError(f"LOCAL_RANK is set, as by a launcher, but not {', '.join(missing)}. Set them or unset it.")
+    if int(variables.get("WORLD_SIZE", layout.total)) != layout.total:
+        raise UserError(
+            f"WORLD_SIZE is {variables['WORLD_SIZE']} in the environment, but {asked}. Make them agree, or unset it."
+        )
 
 
 def _count(accelerator: Any, devices: Any, num_nodes: int) -> int:
