@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             raise  # else it is how Lightning passes on an interrupt
         if ranks.is_first():
             print("error: interrupted.", file=sys.stderr)
-        return 130
+        return 130 if ranks.is_first() else 1  # of another rank 130 is the orderly end after a signal
     except BrokenPipeError:
         print("error: standard output was closed.", file=sys.stderr)
         return 1

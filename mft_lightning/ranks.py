@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 STARTED_BY = "MFT_LIGHTNING_STARTED_BY"  # the process that started this one as a further rank of its run
 GRACE = 10  # seconds to tell of it, and to end, when rank 0 is gone
 PATIENCE = timedelta(days=7)  # for what takes as long as it takes, like tokenising
-_FAILED = "mft_lightning/failed"
+_FAILED, _HERE = "mft_lightning/failed", "mft_lightning/here"
 
 
 def is_first() -> bool:
@@ -46,7 +46,43 @@ def join() -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
+        if STARTED_BY in os.environ:
+            _store().add(f"{_HERE}/{number()}", 1)
         dist.init_process_group(backend())
+
+
+def join_when_here(started: Iterable[int]) -> Iterator[None]:
+    """Wait for ranks that this first of all ranks has started, yielding all the while, and join them.
+
+    Joining alone would wait in C++, where an interrupt is not heard.
+    """
+    store = _store()  # which the others hold on to until they have met
+    for rank in started:
+        while store.add(f"{_HERE}/{rank}", 0) == 0:
+            yield
+            time.sleep(0.05)
+    join()
+
+
+def wait_for_all(place: str) -> None:
+    """Wait until every rank has come here as often as this one; rank 0 hears an interrupt meanwhile."""
+    dist = _group()
+    if dist is None:
+        return
+    store: Any = dist.distributed_c10d._get_default_store()
+    times = store.add(f"{place}/{dist.get_rank()}", 1)
+    if dist.get_rank() == 0:
+        for rank in range(1, dist.get_world_size()):
+            while store.add(f"{place}/{rank}", 0) < times:
+                time.sleep(0.05)
+
+
+def _store() -> Any:
+    """The store that the ranks meet at, of the first of them, before they have met."""
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(address, port, is_master=number() == 0, wait_for_workers=False, multi_tenant=True)
 
 
 def leave() -> None:
@@ -125,7 +161,7 @@ def is_lost_peer(error: BaseException) -> bool:
     dist = _group()
     if dist is None:
         return False
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def _group() -> Any:

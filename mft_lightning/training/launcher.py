@@ -23,6 +23,7 @@ from mft_lightning.errors import UserError
 
 GRACE = 20.0  # seconds that a rank has to end by itself after another one failed
 GOODBYE = 60.0  # seconds that a rank has to end after the work is done
+ORDERLY = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of a rank that has done its work
 
 
 class RankLauncher(_SubprocessScriptLauncher):
@@ -51,8 +52,9 @@ class RankLauncher(_SubprocessScriptLauncher):
         done = threading.Event()
         threading.Thread(target=self._watch, args=(done,), daemon=True, name="watch the other ranks").start()
         try:
-            ranks.join()
+            self._meet()
             result = function(*args, **kwargs)
+            self._goodbye()
         except BaseException as error:
             done.set()
             killed = None
@@ -66,11 +68,25 @@ class RankLauncher(_SubprocessScriptLauncher):
             raise
         done.set()
         ranks.leave()
-        if not self._wait(GOODBYE, all):
-            self.kill(signal.SIGKILL)
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         return result
+
+    def _meet(self) -> None:
+        """Join the others; on the first node, hear of an interrupt and of their end meanwhile."""
+        if self.cluster_environment.node_rank() != 0:
+            ranks.join()
+            return
+        for _ in ranks.join_when_here(range(1, self.num_processes)):
+            if any(process.poll() is not None for process in self.procs):
+                raise UserError(self._killed() or "a rank ended before it met the others, see above.")
+
+    def _goodbye(self) -> None:
+        """Wait for the others, whose work is done too; one that fails or stays now is an error of the run."""
+        if not self._wait(GOODBYE, all):
+            raise UserError(f"a rank did not end within {GOODBYE:.0f} seconds after the work was done.")
+        if any(process.returncode not in ORDERLY for process in self.procs):
+            raise UserError(self._killed() or "a rank failed after the work was done, see above.")
 
     def _call_children_scripts(self) -> None:
         self._check_can_spawn_children()
@@ -91,12 +107,15 @@ class RankLauncher(_SubprocessScriptLauncher):
                 os.environ.update(own)
             else:
                 started_by = {ranks.STARTED_BY: str(os.getpid())}
-                self.procs.append(subprocess.Popen(command, env={**os.environ, **own, **started_by}))
+                # In a session of its own, so that Ctrl-C reaches this rank alone, which agrees with the others.
+                environ = {**os.environ, **own, **started_by}
+                self.procs.append(subprocess.Popen(command, env=environ, start_new_session=True))
 
     def _watch(self, done: threading.Event) -> None:
         """End this rank too where it waits for one that failed and does not notice (as in NCCL's collectives)."""
         while not done.wait(0.5):
-            if any(process.poll() for process in self.procs) and not done.wait(GRACE):
+            failed = any(process.poll() not in (None, *ORDERLY) for process in self.procs)
+            if failed and not done.wait(GRACE):
                 killed = self._killed()
                 if killed is not None:
                     print(f"error: {killed}", file=sys.stderr)
@@ -163,6 +182,7 @@ class LaunchedStrategy(ParallelStrategy):
     def setup_environment(self) -> None:
         """Also wait until all ranks have checked all there is to check, so that nothing is written before."""
         super().setup_environment()
+        ranks.wait_for_all("checked")
         self.barrier("checked")
 
     @property
