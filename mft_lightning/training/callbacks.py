@@ -57,14 +57,18 @@ class GracefulStop(L.Callback):
         self._listen()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        self._agree(trainer)
+        self.agree(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Asked after the last step: all ranks say so."""
+        self.agree(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Asked during a validation: the step it belongs to is the last, and is saved."""
         if not trainer.sanity_checking:
-            self._agree(trainer)
+            self.agree(trainer)
 
-    def _agree(self, trainer: L.Trainer) -> None:
+    def agree(self, trainer: L.Trainer) -> None:
         """All ranks stop if one of them is to, by whatever reason, and all know of a signal that one received."""
         found = ranks.highest(2 * (self.received or 0) + trainer.should_stop)
         if found > 1:  # else leave it alone: one may have come in the meantime

@@ -129,6 +129,9 @@ class ExactMatch(L.Callback):
 
 
 def _told_to_stop(trainer: L.Trainer) -> bool:
-    """Whether any rank was; all must ask."""
+    """Whether any rank was; all must ask, and all know then."""
     stop = find_callback(trainer, GracefulStop)
-    return bool(ranks.highest(stop is not None and stop.received is not None))
+    if stop is None:
+        return False
+    stop.agree(trainer)
+    return stop.received is not None
