@@ -20,7 +20,6 @@ from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import duration, json_line, say
-from mft_lightning.training.callbacks import GracefulStop
 from mft_lightning.training.checkpoint import SUPERSEDED
 from mft_lightning.training.checkpoint_dirs import (
     CheckpointInfo,
@@ -31,6 +30,7 @@ from mft_lightning.training.checkpoint_dirs import (
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.exact_match import ExactMatch, check_exact_match
+from mft_lightning.training.signals import GracefulStop
 from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import fit_trainer
 

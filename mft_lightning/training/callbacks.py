@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import signal
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
 import lightning as L
@@ -18,7 +14,6 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
-from mft_lightning import ranks
 from mft_lightning.errors import UserError
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.export import base_state, save_causal_lm
@@ -36,56 +31,6 @@ class StepSeeding(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         entropy = np.random.SeedSequence([self.seed, trainer.global_step, trainer.global_rank])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-
-
-class GracefulStop(L.Callback):
-    """Turns a SIGTERM or a Ctrl-C into an ordinary end: the step is finished, validated and saved.
-
-    It listens in place of Lightning, which would break off in the middle of a validation, or between a step and its
-    checkpoint. A second Ctrl-C does break off.
-
-    Attributes:
-        received: the signal that asked the run to stop, None so far.
-    """
-
-    received: signal.Signals | None = None
-
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        self.agree(trainer)
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Asked after the last step: all ranks say so."""
-        self.agree(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Asked during a validation: the step it belongs to is the last, and is saved."""
-        if not trainer.sanity_checking:
-            self.agree(trainer)
-
-    def agree(self, trainer: L.Trainer) -> None:
-        """All ranks stop if one of them is to, by whatever reason, and all know of a signal that one received."""
-        found = ranks.highest(2 * (self.received or 0) + trainer.should_stop)
-        if found > 1:  # else leave it alone: one may have come in the meantime
-            self.received = signal.Signals(found // 2)
-        trainer.should_stop = found > 0
-
-    def _listen(self) -> None:
-        signal.signal(signal.SIGTERM, self._receive)
-        signal.signal(signal.SIGINT, self._receive)
-
-    def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT:
-            if self.received is not None:
-                raise KeyboardInterrupt
-            if ranks.is_first():  # not by `print`, which may be what was interrupted
-                os.write(sys.stderr.fileno(), b"\nending after this step, with a checkpoint; Ctrl-C again breaks off\n")
-        self.received = signal.Signals(signum)
 
 
 class StepLogging(L.Callback):

@@ -17,9 +17,9 @@ from mft_lightning.errors import UserError
 from mft_lightning.model.generation import GenerationSettings, answer, answer_together
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import is_sharded
-from mft_lightning.training.callbacks import GracefulStop
 from mft_lightning.training.evaluation import EvaluationSettings
 from mft_lightning.training.progress import RunBar
+from mft_lightning.training.signals import GracefulStop
 from mft_lightning.training.stages import find_callback
 
 BATCH = 16  # prompts answered side by side
