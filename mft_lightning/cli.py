@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         if ranks.is_first_to_fail():
             if verbose:
                 traceback.print_exc()
-            print(f"error: {_of_rank()}{error}", file=sys.stderr)
+            _tell(str(error))
         return 1
     except (KeyboardInterrupt, SystemExit) as error:
         if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
@@ -76,13 +76,16 @@ def main(argv: list[str] | None = None) -> int:
         if not ranks.is_lost_peer(error) or verbose:
             raise
         why = f"another rank is gone without a word, or out of reach ({first_line(error)})"
-        print(f"error: {_of_rank()}{why}. Go on with --ckpt_path last.", file=sys.stderr)
+        _tell(f"{why}. Go on with --ckpt_path last.")
         return 1
     return 0
 
 
-def _of_rank() -> str:
-    return "" if ranks.is_first() else f"rank {ranks.number()}: "
+def _tell(message: str) -> None:
+    """The one line of an error, below the progress bar of rank 0 if another rank has it."""
+    begin = "" if ranks.is_first() else f"rank {ranks.number()}: "
+    line_end = "\n" if begin and sys.stderr.isatty() else ""
+    print(f"{line_end}error: {begin}{message}", file=sys.stderr)
 
 
 def _command(name: str) -> Callable[[list[str]], None]:

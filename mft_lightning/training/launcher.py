@@ -98,7 +98,8 @@ class RankLauncher(_SubprocessScriptLauncher):
             "LOCAL_WORLD_SIZE": str(self.num_processes),
             "WORLD_SIZE": str(self.num_processes * self.num_nodes),
         }
-        print(f"starting {self.num_processes - 1} more process(es)", flush=True)
+        if (more := self.num_processes - 1) > 0:
+            print(f"starting {more} more process(es)", flush=True)
         verbose = [word for word in sys.argv if word == "--verbose"]
         command = [sys.executable, "-m", "mft_lightning", *self.command, *verbose]
         for local in range(self.num_processes):

@@ -61,3 +61,17 @@ class GracefulStop(L.Callback):
             if ranks.is_first():  # not by `print`, which may be what was interrupted
                 os.write(sys.stderr.fileno(), b"\nending after this step, with a checkpoint; Ctrl-C again breaks off\n")
         self.received = signal.Signals(signum)
+
+
+class EndAtOnce(L.Callback):
+    """Ends a command that saves nothing as soon as SIGTERM comes; Lightning hears it only between two batches."""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, _end)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        signal.signal(signal.SIGTERM, _end)
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)

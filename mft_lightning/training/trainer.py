@@ -25,6 +25,7 @@ from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.layout import find_layout
 from mft_lightning.training.loggers import MetricsCSV, PlainLines, tensorboard_logger
 from mft_lightning.training.progress import Pace, RunBar
+from mft_lightning.training.signals import EndAtOnce
 from mft_lightning.training.strategies import ShardedStrategy, make_strategy
 
 WEIGHTS_DTYPE = {
@@ -162,7 +163,7 @@ def evaluation_trainer(
 ) -> L.Trainer:
     """The Trainer of ``validate`` and ``test``: it writes nothing."""
     bar = _shows_bar(keys)
-    callbacks = [*_listed(keys.get("callbacks")), *_exact_match(settings)]
+    callbacks = [*_listed(keys.get("callbacks")), *_exact_match(settings), EndAtOnce()]
     callbacks += [RunBar()] if bar and not _own_bar(keys) else []
     return _trainer(
         {
