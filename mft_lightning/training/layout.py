@@ -66,7 +66,8 @@ def _check_environment(layout: Layout) -> None:
     asked = f"trainer.devices and trainer.num_nodes give {layout.total} device(s)"
     variables = os.environ
     if SLURMEnvironment.detect() and (tasks := int(variables["SLURM_NTASKS"])) != layout.total:
-        raise UserError(f"{asked}, but SLURM has {tasks} task(s). Start it with srun --ntasks {layout.total}.")
+        srun = f"srun --nodes {layout.nodes} --ntasks-per-node {layout.count}"
+        raise UserError(f"{asked}, but SLURM has {tasks} task(s). Start it with {srun}.")
     if int(variables.get("NODE_RANK", "0")) >= layout.nodes:
         raise UserError(f"NODE_RANK is {variables['NODE_RANK']} in the environment, but {asked}. Unset it.")
     if "LOCAL_RANK" not in variables or SLURMEnvironment.detect():
@@ -87,6 +88,6 @@ def _count(accelerator: Any, devices: Any, num_nodes: int) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run's own Trainer gives them
             trainer = L.Trainer(**asked, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    except (MisconfigurationException, ModuleNotFoundError, ValueError, TypeError) as error:
+    except (MisconfigurationException, ModuleNotFoundError, RuntimeError, ValueError, TypeError) as error:
         raise UserError(f"trainer: {error}") from error
     return trainer.num_devices

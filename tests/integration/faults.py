@@ -13,21 +13,39 @@ from mft_lightning.errors import UserError
 
 
 class Fault(L.Callback):
-    """Goes wrong in one way, on one rank, before the first micro-batch of one step.
+    """Goes wrong in one way, on one rank, before the first micro-batch of one step or in a later hook.
 
     Args:
         kind: an error of ours, one of Python, an end by a signal, a request to stop by one, or a long sleep.
         rank: where.
         step: optimizer steps that are done by then.
+        hook: where, if not in training.
     """
 
     def __init__(
-        self, kind: Literal["user", "python", "kill", "term", "sleep", "stop"], rank: int, step: int = 2
+        self,
+        kind: Literal["user", "python", "kill", "term", "sleep", "stop"],
+        rank: int,
+        step: int = 2,
+        hook: Literal["train_batch_start", "validation_end", "train_end", "teardown"] = "train_batch_start",
     ) -> None:
-        self.kind, self.rank, self.step = kind, rank, step
+        self.kind, self.rank, self.step, self.hook = kind, rank, step, hook
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
-        if trainer.global_rank != self.rank or trainer.global_step != self.step:
+        if trainer.global_step == self.step:
+            self._happen(trainer, "train_batch_start")
+
+    def on_validation_end(self, trainer: L.Trainer, *args: object) -> None:
+        self._happen(trainer, "validation_end")
+
+    def on_train_end(self, trainer: L.Trainer, *args: object) -> None:
+        self._happen(trainer, "train_end")
+
+    def teardown(self, trainer: L.Trainer, *args: object, **named: object) -> None:
+        self._happen(trainer, "teardown")
+
+    def _happen(self, trainer: L.Trainer, hook: str) -> None:
+        if trainer.global_rank != self.rank or hook != self.hook:
             return
         if self.kind == "user":
             raise UserError("a record is bad.")

@@ -40,9 +40,9 @@ def arguments(fit_arguments: Callable[..., list[str]], tmp_path: Path) -> Callab
     return make
 
 
-def fault(kind: str, rank: int) -> tuple[str, ...]:
-    named = "--trainer.callbacks+=tests.integration.faults.Fault"
-    return (named, "--trainer.callbacks.kind", kind, "--trainer.callbacks.rank", str(rank))
+def fault(kind: str, rank: int, hook: str = "train_batch_start") -> tuple[str, ...]:
+    named, key = "--trainer.callbacks+=tests.integration.faults.Fault", "--trainer.callbacks"
+    return (named, f"{key}.kind", kind, f"{key}.rank", str(rank), f"{key}.hook", hook)
 
 
 def run(launcher: tuple[str, ...], words: list[str]) -> subprocess.CompletedProcess[str]:
@@ -104,6 +104,21 @@ def test_one_rank_fails(arguments: Callable[..., list[str]], kind: str, rank: in
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("kind", "hook", "message"),
+    [
+        ("user", "train_end", "error: rank 1: a record is bad."),
+        ("kill", "teardown", "error: rank 1 was ended from outside by SIGKILL"),
+    ],
+)
+def test_another_rank_fails_when_the_work_is_done(
+    arguments: Callable[..., list[str]], kind: str, hook: str, message: str
+) -> None:
+    done = run(OWN, arguments(*fault(kind, 1, hook)))
+    assert done.returncode == 1 and "trained to step" not in done.stdout
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_an_error_of_python_is_told_once(arguments: Callable[..., list[str]]) -> None:
     done = run(OWN, arguments("--trainer.strategy", "fsdp", *fault("python", 1)))
     assert done.returncode == 1
@@ -123,6 +138,15 @@ def test_a_signal_to_one_rank_ends_all_in_order(arguments: Callable[..., list[st
     assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "")
     assert done.stdout.endswith("stopped by SIGTERM\n")
     assert checkpoints(tmp_path / "run") == ["step-00000003"]
+
+
+@pytest.mark.parametrize("launcher", [OWN, TORCHRUN], ids=["own", "torchrun"])
+def test_a_signal_to_one_rank_in_the_last_validation_is_known_to_all(
+    arguments: Callable[..., list[str]], launcher: tuple[str, ...]
+) -> None:
+    done = run(launcher, arguments(*fault("term", 1, "validation_end")))
+    assert done.returncode == (128 + signal.SIGTERM if launcher == OWN else 1)
+    assert done.stdout.endswith("stopped by SIGTERM when all steps were done\n")
 
 
 def test_a_stop_that_one_rank_asks_for_is_for_all(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -172,3 +196,24 @@ def test_ctrl_c_reaches_all_ranks_at_once(arguments: Callable[..., list[str]], t
     assert "stopped by SIGINT" in log.read_text()
     info = json.loads((tmp_path / "run" / checkpoints(tmp_path / "run")[-1] / "checkpoint.json").read_text())
     assert info["metrics"]  # validated before it was saved
+
+
+def test_ctrl_c_while_ranks_start_is_heard_at_once(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*OWN, *arguments()],
+        cwd=ROOT,
+        env=user_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for said in process.stdout:
+        if said.startswith("starting"):
+            break
+    time.sleep(0.5)  # the other rank takes seconds
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=SOON)
+    assert (process.returncode, told) == (128 + signal.SIGINT, "error: interrupted.\n")
+    assert not (tmp_path / "run").exists()

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
+from transformers import BertConfig, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification
 
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import NotYetError, UserError
-from mft_lightning.model.build import ModelSource, build_causal_lm, count_parameters, fit_tokenizer
+from mft_lightning.model.build import ModelSource, build_causal_lm, count_parameters, fit_tokenizer, seeded
 from mft_lightning.model.export import base_state
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.settings import CobaSettings, LoraSettings
@@ -109,6 +109,25 @@ def test_embeddings_grow_only_where_the_tokenizer_needs_it(tiny_model: Path, exa
         fit_tokenizer(model, tokenizer, multiple_of=64, seed=0, frozen=True)
     fit_tokenizer(model, tokenizer, multiple_of=64, seed=0, frozen=False)
     assert model.get_input_embeddings().num_embeddings == 576
+
+
+def test_new_embeddings_do_not_depend_on_threads(tiny_model: Path, example_tasks: list[str]) -> None:
+    tokenizer = MFTDataModule(data_paths=example_tasks, tokenizer_path=str(tiny_model)).tokenizer
+    tokenizer.add_tokens([f"<|{number}|>" for number in range(4096)])
+    rows, before = [], torch.get_num_threads()
+    for threads in (1, 4):
+        with seeded(0):
+            model = GPTNeoXForCausalLM(
+                GPTNeoXConfig(
+                    vocab_size=4096, num_attention_heads=8, hidden_size=512, num_hidden_layers=1, intermediate_size=64
+                )
+            )
+        torch.set_num_threads(threads)
+        fit_tokenizer(model, tokenizer, multiple_of=64, seed=0, frozen=False)
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(before)
+        rows.append(model.get_input_embeddings().weight[4096:].clone())
+    assert torch.equal(*rows)
 
 
 def test_lora_trains_the_adapters_on_the_four_projections_and_leaves_the_base(

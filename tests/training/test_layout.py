@@ -43,6 +43,41 @@ def test_a_contradiction_is_an_error(torchrun: None, devices: Any, nodes: int, m
         find_layout("cpu", devices, nodes)
 
 
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost"}
+SLURM |= {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")}
+SRUN = {**SLURM, "SLURM_NTASKS_PER_NODE": "2"}
+
+
+@pytest.mark.parametrize("environment", [{}, LAUNCHED, SRUN, {**SRUN, "LOCAL_RANK": "0"}, {"NODE_RANK": "0"}])
+def test_an_environment_that_agrees(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert find_layout("cpu", 2, 1).total == 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"LOCAL_RANK": "0"},
+            "LOCAL_RANK is set, as by a launcher, but not RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT",
+        ),
+        ({**LAUNCHED, "WORLD_SIZE": "1"}, r"WORLD_SIZE is 1 in the environment, but .* give 2 device\(s\)"),
+        ({"NODE_RANK": "1"}, "NODE_RANK is 1 in the environment"),
+        ({**SRUN, "SLURM_NTASKS": "1"}, r"SLURM has 1 task\(s\)\. .* srun --nodes 1 --ntasks-per-node 2"),
+        (SLURM, "^trainer: You set `--ntasks=2`"),
+    ],
+)
+def test_an_environment_of_another_run(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], message: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        find_layout("cpu", 2, 1)
+
+
 @pytest.mark.parametrize("devices", [0, "many", -3, [0, 0]])
 def test_devices_that_there_cannot_be(devices: Any) -> None:
     with pytest.raises(UserError, match=r"^trainer: "):
