@@ -31,6 +31,7 @@ NOT_YET = ("predict", "chat", "convert-config", "estimate")
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input ends with one message on stderr and exit code 1 (``--verbose`` adds the traceback)."""
+    before = dict(os.environ)
     # Read when torch is imported. Waiting threads spin by default, and then a busy neighbour on a laptop's cores makes
     # the steps of a small model many times slower (docs/training.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -44,6 +45,18 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     verbose = "--verbose" in arguments
     arguments = [word for word in arguments if word != "--verbose"]
+    launched = ranks.is_launched()
+    try:
+        return _run(arguments, verbose)
+    finally:
+        if not launched:  # else the ranks stay together until their launcher ends them
+            ranks.leave()
+            os.environ.clear()
+            os.environ.update(before)
+
+
+def _run(arguments: list[str], verbose: bool) -> int:
+    """Run a command, and tell of its failure once, whichever ranks fail."""
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(_usage())
@@ -54,31 +67,50 @@ def main(argv: list[str] | None = None) -> int:
         if arguments[0] in RANKED:
             ranks.join()
         _command(arguments[0])(arguments[1:])
-        ranks.end()
-    except UserError as error:
-        if ranks.is_first_to_fail():
-            if verbose:
-                traceback.print_exc()
-            _tell(str(error))
-        return 1
-    except (KeyboardInterrupt, SystemExit) as error:
-        if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
-            raise  # else it is how Lightning passes on an interrupt
-        if ranks.is_first():
-            print("error: interrupted.", file=sys.stderr)
-        return 130 if ranks.is_first() else 1  # of another rank 130 is the orderly end after a signal
-    except BrokenPipeError:
-        print("error: standard output was closed.", file=sys.stderr)
-        return 1
+        ranks.end(0)
+        return 0
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # how Lightning passes on an interrupt
+            return _interrupted()
+        if isinstance(error.code, int):
+            ranks.end(error.code)
+        raise
     except Exception as error:
         if not ranks.is_first_to_fail():
+            ranks.wait_until_told()
             return 1
-        if not ranks.is_lost_peer(error) or verbose:
-            raise
-        why = f"another rank is gone without a word, or out of reach ({first_line(error)})"
-        _tell(f"{why}. Go on with --ckpt_path last.")
+        if (message := _message(error, arguments[0])) is None:
+            if not ranks.are_several():
+                raise
+            traceback.print_exc()
+        else:
+            if verbose:
+                traceback.print_exc()
+            _tell(message)
+        ranks.told()
         return 1
-    return 0
+
+
+def _message(error: Exception, command: str) -> str | None:
+    """What an error is to a user; None where it is a defect of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, BrokenPipeError) and ranks.is_first():
+        return "standard output was closed."
+    if ranks.is_lost_peer(error):
+        again = ranks.GO_ON if command == "fit" else ""
+        return f"another rank is gone without a word, or out of reach ({first_line(error)}).{again}"
+    return None
+
+
+def _interrupted() -> int:
+    """130 of a shell, but 1 of another rank, where 130 is the orderly end after a signal."""
+    if not ranks.is_first():
+        return 1
+    print("error: interrupted.", file=sys.stderr)
+    return 130
 
 
 def _tell(message: str) -> None:

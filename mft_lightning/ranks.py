@@ -8,64 +8,127 @@ same. torch is imported when a process is one of several, not before.
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+from mft_lightning.errors import UserError
+
 STARTED_BY = "MFT_LIGHTNING_STARTED_BY"  # the process that started this one as a further rank of its run
-GRACE = 10  # seconds to tell of it, and to end, when rank 0 is gone
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says, all of it
+GRACE = 10  # seconds to tell of it, and to end, when another rank failed or is gone
+SILENCE = 30  # seconds of waiting for ranks that others start, before it is said
+MEETING = 1800  # seconds until all ranks must be there, as long as torch waits in a collective
+GO_ON = " Go on with --ckpt_path last."  # a run, after an end that is not its own fault
 PATIENCE = timedelta(days=7)  # for what takes as long as it takes, like tokenising
-_FAILED, _HERE = "mft_lightning/failed", "mft_lightning/here"
+_FAILED, _TOLD, _HERE = (f"mft_lightning/{what}" for what in ("failed", "told", "here"))
+
+
+class LostPeerError(RuntimeError):
+    """Another rank has failed, and tells why."""
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process as a rank."""
+    return all(os.environ.get(name) for name in LAUNCHED)
 
 
 def is_first() -> bool:
     """Whether this is the rank that prints and writes: rank 0 of all, or the only process there is."""
     variables = os.environ
-    if "RANK" in variables:
+    if {"RANK", "LOCAL_RANK"} <= variables.keys():  # Lightning takes WORLD_SIZE away at the end
         return variables["RANK"] == "0"
-    if variables.get("LOCAL_RANK", "0") != "0" or variables.get("NODE_RANK", variables.get("GROUP_RANK", "0")) != "0":
-        return False
-    return "LOCAL_RANK" in variables or variables.get("SLURM_PROCID", "0") == "0"
+    node = variables.get("NODE_RANK", variables.get("GROUP_RANK", "0"))
+    return node == "0" and variables.get("SLURM_PROCID", "0") == "0"
 
 
-def join() -> None:
+def join(store: Any = None, meanwhile: Callable[[], None] | None = None) -> None:
     """Meet the other ranks, where a launcher started this process as one of several.
 
-    First of all, before anything can go wrong, so that an error of any rank is told once and ends all.
+    First of all, before anything can go wrong, so that an error of any rank is told once and ends all. It waits in
+    Python, where an interrupt is heard; torch would wait in C++.
+
+    Args:
+        store: where the ranks meet, if this one hosts it already.
+        meanwhile: called again and again; may raise. Without it, a long wait is told.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if not several or not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    if not is_launched() or int(os.environ["WORLD_SIZE"]) < 2:
         return
     if STARTED_BY in os.environ:
         _end_with(int(os.environ[STARTED_BY]))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns of a rank that is gone, with C++ frames
     import torch.distributed as dist
 
-    if not dist.is_initialized():
-        if STARTED_BY in os.environ:
-            _store().add(f"{_HERE}/{number()}", 1)
-        dist.init_process_group(backend())
+    if dist.is_initialized():
+        return
+    world, look = int(os.environ["WORLD_SIZE"]), meanwhile or _Waiting()
+    if store is None:
+        store = _store(look)
+    store.add(_HERE, 1)
+    while store.add(_HERE, 0) < world:
+        look()
+        time.sleep(0.05)
+    dist.init_process_group(backend(), store=dist.PrefixStore("ranks", store), rank=number(), world_size=world)
 
 
-def join_when_here(started: Iterable[int]) -> Iterator[None]:
-    """Wait for ranks that this first of all ranks has started, yielding all the while, and join them.
+def host_store(address: str, port: int) -> Any:
+    """The store that ranks meet at, in this process.
 
-    Joining alone would wait in C++, where an interrupt is not heard.
+    Args:
+        address: by which the others find it.
+        port: 0 for any that is free (``store.port``).
     """
-    store = _store()  # which the others hold on to until they have met
-    for rank in started:
-        while store.add(f"{_HERE}/{rank}", 0) == 0:
-            yield
-            time.sleep(0.05)
-    join()
+    from torch.distributed import TCPStore
+    from torch.distributed.constants import default_pg_timeout
+
+    return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=default_pg_timeout)
+
+
+def _store(look: Callable[[], None]) -> Any:
+    """The store of a launcher's ranks: its own, or that of rank 0."""
+    from torch.distributed import TCPStore
+    from torch.distributed.constants import default_pg_timeout
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if number() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return host_store(address, port)
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=2).close()
+        except OSError:
+            look()
+            time.sleep(0.2)
+        else:
+            return TCPStore(address, port, is_master=False, timeout=default_pg_timeout)
+
+
+class _Waiting:
+    """Says once that this rank waits for others, and ends it at last."""
+
+    def __init__(self) -> None:
+        self.since, self.said = time.monotonic(), False
+
+    def __call__(self) -> None:
+        waited = time.monotonic() - self.since
+        said = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCHED)
+        if waited > MEETING:
+            raise UserError(f"not all ranks came within {MEETING // 60} minutes ({said}).")
+        if waited > SILENCE and not self.said:
+            print(f"waiting for the other ranks that the environment tells of ({said})", file=sys.stderr, flush=True)
+            self.said = True
 
 
 def wait_for_all(place: str) -> None:
-    """Wait until every rank has come here as often as this one; rank 0 hears an interrupt meanwhile."""
+    """Wait until every rank has come here as often as this one; rank 0 hears an interrupt meanwhile.
+
+    Raises:
+        LostPeerError: another rank has failed in the meantime.
+    """
     dist = _group()
     if dist is None:
         return
@@ -74,21 +137,15 @@ def wait_for_all(place: str) -> None:
     if dist.get_rank() == 0:
         for rank in range(1, dist.get_world_size()):
             while store.add(f"{place}/{rank}", 0) < times:
+                if store.check([_FAILED]):
+                    raise LostPeerError("another rank has failed")
                 time.sleep(0.05)
-
-
-def _store() -> Any:
-    """The store that the ranks meet at, of the first of them, before they have met."""
-    from torch.distributed import TCPStore
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return TCPStore(address, port, is_master=number() == 0, wait_for_workers=False, multi_tenant=True)
 
 
 def leave() -> None:
     """Part from the other ranks; from then on this process is alone."""
-    dist = _group()
-    if dist is not None:
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -99,10 +156,20 @@ def backend() -> str:
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
-def end() -> None:
-    """The work of a rank is done that another one started."""
+def end(code: int) -> None:
+    """End this process, if another rank started it: its work is done.
+
+    Without the interpreter's own end, in which torch's threads, which talk to other ranks, aborted once in some hundred
+    runs (torch 2.13, gloo).
+    """
     if STARTED_BY in os.environ:
-        leave()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def are_several() -> bool:
+    """Whether this process is one of several that have met."""
+    return _group() is not None
 
 
 def number() -> int:
@@ -156,12 +223,32 @@ def is_first_to_fail() -> bool:
         return STARTED_BY in os.environ and os.environ["LOCAL_RANK"] == "1"
 
 
+def told() -> None:
+    """The first rank that failed has said why; now the others may end, after which launchers end all."""
+    _at_store(lambda store: store.set(_TOLD, ""))
+
+
+def wait_until_told() -> None:
+    """Let the first rank that failed say why, unless it is gone."""
+    _at_store(lambda store: store.wait([_TOLD], timedelta(seconds=GRACE)))
+
+
+def _at_store(what: Callable[[Any], None]) -> None:
+    """What needs the store, which goes with rank 0, or never came about."""
+    dist = _group()
+    if dist is None:
+        return
+    with suppress(dist.DistError):
+        what(dist.distributed_c10d._get_default_store())
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error says no more than that another rank is gone."""
     dist = _group()
     if dist is None:
         return False
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
+    lost = isinstance(error, (dist.DistError, LostPeerError))
+    return lost or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))
 
 
 def _group() -> Any:

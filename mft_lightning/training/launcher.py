@@ -46,13 +46,12 @@ class RankLauncher(_SubprocessScriptLauncher):
     def launch(self, function: Callable[..., Any], *args: Any, trainer: L.Trainer | None = None, **kwargs: Any) -> Any:
         """Start the other ranks, call ``function`` here, and leave none of them behind."""
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        before = dict(os.environ)
         _set_num_threads_if_needed(num_processes=self.num_processes)
-        self._call_children_scripts()
+        store = self._call_children_scripts()
         done = threading.Event()
         threading.Thread(target=self._watch, args=(done,), daemon=True, name="watch the other ranks").start()
         try:
-            self._meet()
+            ranks.join(store, self._check_alive)
             result = function(*args, **kwargs)
             self._goodbye()
         except BaseException as error:
@@ -61,6 +60,8 @@ class RankLauncher(_SubprocessScriptLauncher):
             if ranks.is_lost_peer(error):  # one of them has something to say, or never will
                 self._wait(GRACE, any)
                 killed = self._killed()
+            elif not ranks.is_first_to_fail():
+                self._wait(GRACE, any)  # it tells why
             self.kill(signal.SIGKILL)
             self._wait(GRACE, all)
             if killed is not None:
@@ -68,18 +69,11 @@ class RankLauncher(_SubprocessScriptLauncher):
             raise
         done.set()
         ranks.leave()
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
         return result
 
-    def _meet(self) -> None:
-        """Join the others; on the first node, hear of an interrupt and of their end meanwhile."""
-        if self.cluster_environment.node_rank() != 0:
-            ranks.join()
-            return
-        for _ in ranks.join_when_here(range(1, self.num_processes)):
-            if any(process.poll() is not None for process in self.procs):
-                raise UserError(self._killed() or "a rank ended before it met the others, see above.")
+    def _check_alive(self) -> None:
+        if any(process.poll() is not None for process in self.procs):
+            raise UserError(self._killed() or "a rank ended before it met the others, see above.")
 
     def _goodbye(self) -> None:
         """Wait for the others, whose work is done too; one that fails or stays now is an error of the run."""
@@ -88,12 +82,19 @@ class RankLauncher(_SubprocessScriptLauncher):
         if any(process.returncode not in ORDERLY for process in self.procs):
             raise UserError(self._killed() or "a rank failed after the work was done, see above.")
 
-    def _call_children_scripts(self) -> None:
+    def _call_children_scripts(self) -> Any:
+        """Start the other ranks of this machine; the store to meet them at, if this rank hosts it."""
         self._check_can_spawn_children()
-        environment, node = self.cluster_environment, self.cluster_environment.node_rank()
+        environment, node, store = self.cluster_environment, self.cluster_environment.node_rank(), None
+        address, port = environment.main_address, environment.main_port
+        if self.num_nodes == 1:  # where to meet other machines means nothing here
+            store = ranks.host_store(address := "127.0.0.1", 0)
+            port = store.port
+        elif node == 0:
+            store = ranks.host_store(address, port)
         shared = {
-            "MASTER_ADDR": environment.main_address,
-            "MASTER_PORT": str(environment.main_port),
+            "MASTER_ADDR": address,
+            "MASTER_PORT": str(port),
             "NODE_RANK": str(node),
             "LOCAL_WORLD_SIZE": str(self.num_processes),
             "WORLD_SIZE": str(self.num_processes * self.num_nodes),
@@ -111,6 +112,7 @@ class RankLauncher(_SubprocessScriptLauncher):
                 # In a session of its own, so that Ctrl-C reaches this rank alone, which agrees with the others.
                 environ = {**os.environ, **own, **started_by}
                 self.procs.append(subprocess.Popen(command, env=environ, start_new_session=True))
+        return store
 
     def _watch(self, done: threading.Event) -> None:
         """End this rank too where it waits for one that failed and does not notice (as in NCCL's collectives)."""
@@ -131,10 +133,9 @@ class RankLauncher(_SubprocessScriptLauncher):
         for local, process in enumerate(self.procs, start=1):
             if (code := process.poll()) is not None and code < 0:
                 rank = self.cluster_environment.node_rank() * self.num_processes + local
-                return (
-                    f"rank {rank} was ended from outside by {signal.Signals(-code).name} (where memory runs out, the "
-                    "system does that). Go on with --ckpt_path last."
-                )
+                why = f"{signal.Signals(-code).name} (where memory runs out, the system does that)"
+                again = ranks.GO_ON if self.command[0] == "fit" else ""
+                return f"rank {rank} was ended from outside by {why}.{again}"
         return None
 
     def _wait(self, seconds: float, enough: Callable[[list[bool]], bool]) -> bool:
