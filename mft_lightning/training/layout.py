@@ -11,6 +11,7 @@ import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from mft_lightning import ranks
 from mft_lightning.errors import UserError
 
 
@@ -38,9 +39,10 @@ def find_layout(accelerator: Any, devices: Any, num_nodes: int) -> Layout:
     Raises:
         UserError: devices that are not there, or others than a launcher has started processes for.
     """
-    if not TorchElasticEnvironment.detect():
+    if not (TorchElasticEnvironment.detect() and ranks.is_launched()):
+        _check_environment()
         layout = Layout(devices, _count(accelerator, devices, num_nodes), num_nodes)
-        _check_environment(layout)
+        _check_layout(layout)
         return layout
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     count = local if devices == "auto" else _count(accelerator, devices, num_nodes)
@@ -58,24 +60,38 @@ def find_layout(accelerator: Any, devices: Any, num_nodes: int) -> Layout:
     return Layout(local if devices == "auto" else devices, count, nodes)
 
 
-def _check_environment(layout: Layout) -> None:
+def _check_environment() -> None:
+    """Refuse what is left of a launcher's variables; else libraries take this process for a rank that it is not."""
+    given = {name: os.environ[name] for name in ("TORCHELASTIC_RUN_ID", *ranks.LAUNCHED) if name in os.environ}
+    telling = given.keys() & {"TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK"}
+    missing = [name for name in ranks.LAUNCHED if not given.get(name)]
+    if telling and missing and not SLURMEnvironment.detect():
+        raise UserError(
+            f"{', '.join(sorted(telling))}: in the environment as of a launcher's process, but without "
+            f"{', '.join(missing)}. Unset what is left of another run."
+        )
+    for name in ("NODE_RANK", "GROUP_RANK"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"{name}: {os.environ[name]!r} in the environment is no number.")
+
+
+def _check_layout(layout: Layout) -> None:
     """Refuse what a launcher says, or another run has left, that is not the run that is asked for.
 
     Else ranks would wait for others that nobody starts, or each train alone.
     """
     asked = f"trainer.devices and trainer.num_nodes give {layout.total} device(s)"
     variables = os.environ
-    if SLURMEnvironment.detect() and (tasks := int(variables["SLURM_NTASKS"])) != layout.total:
-        srun = f"srun --nodes {layout.nodes} --ntasks-per-node {layout.count}"
-        raise UserError(f"{asked}, but SLURM has {tasks} task(s). Start it with {srun}.")
-    if int(variables.get("NODE_RANK", "0")) >= layout.nodes:
-        raise UserError(f"NODE_RANK is {variables['NODE_RANK']} in the environment, but {asked}. Unset it.")
-    if "LOCAL_RANK" not in variables or SLURMEnvironment.detect():
-        return
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in variables]
-    if layout.total > 1 and missing:
-        raise UserError(f"LOCAL_RANK is set, as by a launcher, but not {', '.join(missing)}. Set them or unset it.")
-    if int(variables.get("WORLD_SIZE", layout.total)) != layout.total:
+    if SLURMEnvironment.detect():
+        srun = f"Start it with srun --nodes {layout.nodes} --ntasks-per-node {layout.count}."
+        if (tasks := int(variables["SLURM_NTASKS"])) != layout.total:
+            raise UserError(f"{asked}, but SLURM has {tasks} task(s). {srun}")
+        if layout.total > 1 and "SLURM_STEP_ID" not in variables:  # which srun sets
+            raise UserError(f"{asked}, of which SLURM starts none by itself. {srun}")
+    name = "NODE_RANK" if "NODE_RANK" in variables else "GROUP_RANK"
+    if int(variables.get(name, "0")) >= layout.nodes:
+        raise UserError(f"{name} is {variables[name]} in the environment, but {asked}. Unset it.")
+    if ranks.is_launched() and int(variables["WORLD_SIZE"]) != layout.total:
         raise UserError(
             f"WORLD_SIZE is {variables['WORLD_SIZE']} in the environment, but {asked}. Make them agree, or unset it."
         )
