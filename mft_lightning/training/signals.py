@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -12,26 +13,36 @@ import lightning as L
 
 from mft_lightning import ranks
 
+PATIENCE = 5.0  # seconds that a second Ctrl-C has to end the run in order
+
 
 class GracefulStop(L.Callback):
     """Turns a SIGTERM or a Ctrl-C into an ordinary end: the step is finished, validated and saved.
 
     It listens in place of Lightning, which would break off in the middle of a validation, or between a step and its
-    checkpoint. A second Ctrl-C does break off.
+    checkpoint. A second Ctrl-C does break off, even while this rank waits for one that hangs.
 
     Attributes:
         received: the signal that asked the run to stop, None so far.
     """
 
     received: signal.Signals | None = None
+    _interrupts: Interrupts | None = None
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()
+        self.agree(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.agree(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self.agree(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.agree(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -50,27 +61,80 @@ class GracefulStop(L.Callback):
             self.received = signal.Signals(found // 2)
         trainer.should_stop = found > 0
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._end_listening()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._end_listening()
+
     def _listen(self) -> None:
         signal.signal(signal.SIGTERM, self._receive)
         signal.signal(signal.SIGINT, self._receive)
+        self._interrupts = self._interrupts or Interrupts()
+
+    def _end_listening(self) -> None:
+        if self._interrupts is not None:
+            self._interrupts.end()
+            self._interrupts = None
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT:
-            if self.received is not None:
-                raise KeyboardInterrupt
-            if ranks.is_first():  # not by `print`, which may be what was interrupted
-                os.write(sys.stderr.fileno(), b"\nending after this step, with a checkpoint; Ctrl-C again breaks off\n")
+        if signum == signal.SIGINT and self.received is not None:
+            raise KeyboardInterrupt
         self.received = signal.Signals(signum)
+
+
+class Interrupts:
+    """Hears Ctrl-C in a thread, because Python hears none while its main thread waits for another rank in C++.
+
+    Says what the first one does, and ends the process after a second one that changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._hear, daemon=True, name="hear Ctrl-C")
+        self._thread.start()
+
+    def end(self) -> None:
+        """Hear no more."""
+        signal.set_wakeup_fd(self._before)
+        self._ended.set()
+        os.close(self._writing)
+        self._thread.join()
+        os.close(self._reading)
+
+    def _hear(self) -> None:
+        said = False
+        while heard := os.read(self._reading, 1):
+            if heard[0] != signal.SIGINT:
+                continue
+            if said and not self._ended.wait(PATIENCE):
+                _say("error: interrupted.")
+                os._exit(128 + signal.SIGINT)
+            if not said:
+                _say("\nending after this step, with a checkpoint; Ctrl-C again breaks off")
+            said = True
+
+
+def _say(line: str) -> None:
+    """Not by `print`, which may be what was interrupted."""
+    if ranks.is_first():
+        os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
 
 class EndAtOnce(L.Callback):
     """Ends a command that saves nothing as soon as SIGTERM comes; Lightning hears it only between two batches."""
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, _end)
+        self._listen()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        signal.signal(signal.SIGTERM, _end)
+        self._listen()
+
+    def _listen(self) -> None:  # the first rank names another one that was killed
+        signal.signal(signal.SIGTERM, _end if ranks.is_first() else signal.SIG_DFL)
 
 
 def _end(signum: int, frame: FrameType | None) -> None:

@@ -163,7 +163,7 @@ def evaluation_trainer(
 ) -> L.Trainer:
     """The Trainer of ``validate`` and ``test``: it writes nothing."""
     bar = _shows_bar(keys)
-    callbacks = [*_listed(keys.get("callbacks")), *_exact_match(settings), EndAtOnce()]
+    callbacks = [EndAtOnce(), *_listed(keys.get("callbacks")), *_exact_match(settings)]
     callbacks += [RunBar()] if bar and not _own_bar(keys) else []
     return _trainer(
         {
