@@ -17,7 +17,7 @@ class Fault(L.Callback):
 
     Args:
         kind: an error of ours, one of Python, an end by a signal, a request to stop by one, or a long sleep.
-        rank: where.
+        rank: where; -1 is everywhere.
         step: optimizer steps that are done by then.
         hook: where, if not in training.
     """
@@ -27,13 +27,21 @@ class Fault(L.Callback):
         kind: Literal["user", "python", "kill", "term", "sleep", "stop"],
         rank: int,
         step: int = 2,
-        hook: Literal["train_batch_start", "validation_end", "train_end", "teardown"] = "train_batch_start",
+        hook: Literal[
+            "train_batch_start", "validation_start", "validation_end", "epoch_end", "train_end", "teardown"
+        ] = "train_batch_start",
     ) -> None:
         self.kind, self.rank, self.step, self.hook = kind, rank, step, hook
 
     def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
         if trainer.global_step == self.step:
             self._happen(trainer, "train_batch_start")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *args: object) -> None:
+        self._happen(trainer, "epoch_end")
+
+    def on_validation_start(self, trainer: L.Trainer, *args: object) -> None:
+        self._happen(trainer, "validation_start")
 
     def on_validation_end(self, trainer: L.Trainer, *args: object) -> None:
         self._happen(trainer, "validation_end")
@@ -45,7 +53,7 @@ class Fault(L.Callback):
         self._happen(trainer, "teardown")
 
     def _happen(self, trainer: L.Trainer, hook: str) -> None:
-        if trainer.global_rank != self.rank or hook != self.hook:
+        if self.rank not in (-1, trainer.global_rank) or hook != self.hook:
             return
         if self.kind == "user":
             raise UserError("a record is bad.")

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,11 +45,11 @@ def fault(kind: str, rank: int, hook: str = "train_batch_start") -> tuple[str, .
     return (named, f"{key}.kind", kind, f"{key}.rank", str(rank), f"{key}.hook", hook)
 
 
-def run(launcher: tuple[str, ...], words: list[str]) -> subprocess.CompletedProcess[str]:
+def run(launcher: tuple[str, ...], words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     """A command that must end by itself, and all processes it started with it."""
     mark = f"MFT_TEST={time.monotonic_ns()}"
     name, _, value = mark.partition("=")
-    environment = {**user_environment(), name: value}
+    environment = {**user_environment(), **variables, name: value}
     done = subprocess.run(
         [*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -119,8 +119,9 @@ def test_another_rank_fails_when_the_work_is_done(
     assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_an_error_of_python_is_told_once(arguments: Callable[..., list[str]]) -> None:
-    done = run(OWN, arguments("--trainer.strategy", "fsdp", *fault("python", 1)))
+@pytest.mark.parametrize("rank", [1, -1])
+def test_an_error_of_python_is_told_once(arguments: Callable[..., list[str]], rank: int) -> None:
+    done = run(OWN, arguments("--trainer.strategy", "fsdp", *fault("python", rank)))
     assert done.returncode == 1
     assert done.stderr.count("ZeroDivisionError: by chance") == done.stderr.count("Traceback") == 1, done.stderr
 
@@ -156,6 +157,36 @@ def test_a_stop_that_one_rank_asks_for_is_for_all(arguments: Callable[..., list[
     assert "validation at step 3" in done.stdout
 
 
+def test_a_stop_at_the_end_of_an_epoch_is_for_all(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    epochs = ("--trainer.max_steps", "-1", "--trainer.max_epochs", "3", "--data.total_train_batch_size", "64")
+    done = run(OWN, arguments(*epochs, *fault("stop", 1, "epoch_end")))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "(1.0 epochs)" in done.stdout
+
+
+def test_a_signal_ends_a_measurement(arguments: Callable[..., list[str]]) -> None:
+    for rank, code in ((0, 128 + signal.SIGTERM), (1, 1)):
+        done = run(OWN, ["validate", *arguments(*fault("term", rank, "validation_start"))[1:]])
+        assert done.returncode == code
+        assert [line.split(" (")[0] for line in told(done)] == [
+            f"error: rank {rank} was ended from outside by SIGTERM" for _ in range(rank)
+        ]
+
+
+def test_where_other_machines_meet_means_nothing_to_one(arguments: Callable[..., list[str]]) -> None:
+    done = run(OWN, arguments(), MASTER_ADDR="nowhere.invalid", MASTER_PORT="1")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_process_goes_on_after_a_run_that_failed(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    lines = [arguments(*fault("user", 1)), arguments(*fault("user", 0)), arguments("--trainer.devices", "1")]
+    lines = [[*line, "--output_dir", str(tmp_path / str(number))] for number, line in enumerate([*lines, arguments()])]
+    (tmp_path / "commands.json").write_text(json.dumps(lines))
+    done = run((sys.executable, "tests/integration/one_by_one.py"), [str(tmp_path / "commands.json")])
+    assert done.stdout.splitlines()[-1] == "codes 1 1 0 0", done.stdout + done.stderr
+    assert told(done) == ["error: rank 1: a record is bad.", "error: a record is bad."]
+
+
 def test_under_torchrun_an_error_of_all_is_told_once(
     arguments: Callable[..., list[str]], write_task: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -179,41 +210,75 @@ def test_what_torchrun_started_must_be_what_is_asked_for(arguments: Callable[...
     assert "trainer.devices: 3 asks for 3 on each node, but torchrun started 2 process(es)" in message
 
 
-def test_ctrl_c_reaches_all_ranks_at_once(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
-    words = [*OWN, *arguments("--trainer.max_steps", "100000")]
-    log = tmp_path / "printed"
-    with log.open("w") as handle:
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=user_environment(), stdout=handle, stderr=subprocess.PIPE, start_new_session=True
-        )
-    while "step 3/" not in log.read_text():
-        assert process.poll() is None
-        time.sleep(0.1)
+@pytest.fixture
+def in_a_terminal(
+    arguments: Callable[..., list[str]], tmp_path: Path
+) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a long run in a group of its own, until it has printed something."""
+    started = []
+
+    def start(until: str, *words: str) -> subprocess.Popen[bytes]:
+        log = tmp_path / "printed"
+        with log.open("w") as handle:
+            process = subprocess.Popen(
+                [*OWN, *arguments("--trainer.max_steps", "100000", *words)],
+                cwd=ROOT,
+                env=user_environment(),
+                stdout=handle,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        started.append(process)
+        while until not in log.read_text():
+            assert process.poll() is None
+            time.sleep(0.1)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def interrupt(process: subprocess.Popen[bytes]) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it
+
+
+def rest(process: subprocess.Popen[bytes]) -> list[str]:
+    """What it says on standard error until it ends, which it must."""
     _, said = process.communicate(timeout=SOON)
     assert process.returncode == 128 + signal.SIGINT
-    assert said.decode().split("\n") == ["", "ending after this step, with a checkpoint; Ctrl-C again breaks off", ""]
-    assert "stopped by SIGINT" in log.read_text()
+    return said.decode().splitlines()
+
+
+ENDING = ["", "ending after this step, with a checkpoint; Ctrl-C again breaks off"]
+
+
+def test_ctrl_c_reaches_all_ranks_at_once(
+    in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    process = in_a_terminal("step 3/")
+    interrupt(process)
+    assert rest(process) == ENDING
+    assert "stopped by SIGINT" in (tmp_path / "printed").read_text()
     info = json.loads((tmp_path / "run" / checkpoints(tmp_path / "run")[-1] / "checkpoint.json").read_text())
     assert info["metrics"]  # validated before it was saved
 
 
-def test_ctrl_c_while_ranks_start_is_heard_at_once(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [*OWN, *arguments()],
-        cwd=ROOT,
-        env=user_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    for said in process.stdout:
-        if said.startswith("starting"):
-            break
+def test_ctrl_c_while_ranks_start_is_heard_at_once(
+    in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    process = in_a_terminal("starting 1 more")
     time.sleep(0.5)  # the other rank takes seconds
-    os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate(timeout=SOON)
-    assert (process.returncode, told) == (128 + signal.SIGINT, "error: interrupted.\n")
+    interrupt(process)
+    assert rest(process) == ["error: interrupted."]
     assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_twice_breaks_off_though_a_rank_hangs(in_a_terminal: Callable[..., subprocess.Popen[bytes]]) -> None:
+    process = in_a_terminal("step 1/", *fault("sleep", 1))
+    time.sleep(2)
+    interrupt(process)
+    time.sleep(0.5)
+    interrupt(process)
+    assert rest(process) == [*ENDING, "error: interrupted."]

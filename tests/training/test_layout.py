@@ -13,9 +13,10 @@ from mft_lightning.training.layout import Layout, find_layout
 @pytest.fixture
 def torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment of one of two machines with four processes each."""
-    for name, value in {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}.items():
+    said = {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1"}
+    said |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "1"}
+    for name, value in said.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     for module in ("lightning.fabric.utilities.rank_zero", "lightning_utilities.core.rank_zero"):
         monkeypatch.setattr(f"{module}.rank_zero_only.rank", 0)  # which Lightning sets for good
 
@@ -47,9 +48,10 @@ LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "1
 SLURM = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NODELIST": "localhost"}
 SLURM |= {f"SLURM_{name}": "0" for name in ("PROCID", "LOCALID", "NODEID")}
 SRUN = {**SLURM, "SLURM_NTASKS_PER_NODE": "2"}
+STEP = {**SRUN, "SLURM_STEP_ID": "0"}
 
 
-@pytest.mark.parametrize("environment", [{}, LAUNCHED, SRUN, {**SRUN, "LOCAL_RANK": "0"}, {"NODE_RANK": "0"}])
+@pytest.mark.parametrize("environment", [{}, LAUNCHED, STEP, {**STEP, "LOCAL_RANK": "0"}, {"NODE_RANK": "0"}])
 def test_an_environment_that_agrees(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -59,10 +61,12 @@ def test_an_environment_that_agrees(monkeypatch: pytest.MonkeyPatch, environment
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        (
-            {"LOCAL_RANK": "0"},
-            "LOCAL_RANK is set, as by a launcher, but not RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT",
-        ),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK: in the environment .* without RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK: in the environment .* without LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"TORCHELASTIC_RUN_ID": "x"}, "TORCHELASTIC_RUN_ID: in the environment .* without RANK"),
+        ({"GROUP_RANK": "1"}, "GROUP_RANK is 1 in the environment"),
+        ({"NODE_RANK": ""}, "NODE_RANK: '' in the environment is no number"),
+        (SRUN, "of which SLURM starts none by itself"),
         ({**LAUNCHED, "WORLD_SIZE": "1"}, r"WORLD_SIZE is 1 in the environment, but .* give 2 device\(s\)"),
         ({"NODE_RANK": "1"}, "NODE_RANK is 1 in the environment"),
         ({**SRUN, "SLURM_NTASKS": "1"}, r"SLURM has 1 task\(s\)\. .* srun --nodes 1 --ntasks-per-node 2"),
