@@ -7,13 +7,14 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 
 from mft_lightning import ranks
 
 PATIENCE = 5.0  # seconds that a second Ctrl-C has to end the run in order
+END = b"\0"  # no signal has this number
 
 
 class GracefulStop(L.Callback):
@@ -87,12 +88,18 @@ class Interrupts:
     """Hears Ctrl-C in a thread, because Python hears none while its main thread waits for another rank in C++.
 
     Says what the first one does, and ends the process after a second one that changes nothing.
+
+    Attributes:
+        heard: whether there is one at work in this process.
     """
+
+    heard: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        Interrupts.heard = True
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._hear, daemon=True, name="hear Ctrl-C")
         self._thread.start()
@@ -100,14 +107,16 @@ class Interrupts:
     def end(self) -> None:
         """Hear no more."""
         signal.set_wakeup_fd(self._before)
+        Interrupts.heard = False
         self._ended.set()
-        os.close(self._writing)
+        os.write(self._writing, END)  # closing alone is no end where processes that were forked hold the pipe too
         self._thread.join()
+        os.close(self._writing)
         os.close(self._reading)
 
     def _hear(self) -> None:
         said = False
-        while heard := os.read(self._reading, 1):
+        while (heard := os.read(self._reading, 1)) != END:
             if heard[0] != signal.SIGINT:
                 continue
             if said and not self._ended.wait(PATIENCE):
@@ -116,6 +125,15 @@ class Interrupts:
             if not said:
                 _say("\nending after this step, with a checkpoint; Ctrl-C again breaks off")
             said = True
+
+
+def _leave_to_parent() -> None:
+    """A forked worker of a loader would count the terminal's one Ctrl-C again."""
+    if Interrupts.heard:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _say(line: str) -> None:

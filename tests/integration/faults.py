@@ -16,7 +16,7 @@ class Fault(L.Callback):
     """Goes wrong in one way, on one rank, before the first micro-batch of one step or in a later hook.
 
     Args:
-        kind: an error of ours, one of Python, an end by a signal, a request to stop by one, or a long sleep.
+        kind: an error of ours, one of Python, an end by a signal, a request to stop, a long sleep or a short one.
         rank: where; -1 is everywhere.
         step: optimizer steps that are done by then.
         hook: where, if not in training.
@@ -24,7 +24,7 @@ class Fault(L.Callback):
 
     def __init__(
         self,
-        kind: Literal["user", "python", "kill", "term", "sleep", "stop"],
+        kind: Literal["user", "python", "kill", "term", "sleep", "pause", "stop"],
         rank: int,
         step: int = 2,
         hook: Literal[
@@ -61,6 +61,11 @@ class Fault(L.Callback):
             raise ZeroDivisionError("by chance")
         if self.kind == "sleep":
             time.sleep(3600)
+        if self.kind == "pause":
+            end = time.monotonic() + 10
+            while time.monotonic() < end:  # a signal ends a sleep's wait, not this
+                time.sleep(0.1)
+            return
         if self.kind == "stop":
             trainer.should_stop = True
             return

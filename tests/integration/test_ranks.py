@@ -282,3 +282,22 @@ def test_ctrl_c_twice_breaks_off_though_a_rank_hangs(in_a_terminal: Callable[...
     time.sleep(0.5)
     interrupt(process)
     assert rest(process) == [*ENDING, "error: interrupted."]
+
+
+def test_one_ctrl_c_is_one_though_workers_hear_it_too(
+    in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    """One rank with two workers, and a step that takes longer than a second Ctrl-C would let it."""
+    alone = ("--trainer.strategy", "auto", "--trainer.devices", "1", "--data.num_workers", "2")
+    process = in_a_terminal("step 1/", *alone, *fault("pause", 0))
+    time.sleep(1)
+    interrupt(process)
+    assert rest(process) == ENDING
+    assert "stopped by SIGINT" in (tmp_path / "printed").read_text()
+    assert checkpoints(tmp_path / "run") == ["step-00000003"]
+
+
+def test_an_error_while_workers_run_ends_the_run(arguments: Callable[..., list[str]]) -> None:
+    alone = ("--trainer.strategy", "auto", "--trainer.devices", "1", "--data.num_workers", "2")
+    done = run(OWN, arguments(*alone, *fault("user", 0)))
+    assert (done.returncode, told(done)) == (1, ["error: a record is bad."])
