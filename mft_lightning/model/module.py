@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -21,32 +20,12 @@ from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, matrix_names, put_in_force
 from mft_lightning.model.parallel import live_parameters
 from mft_lightning.model.settings import CobaSettings, LoraSettings, QLoraSettings
+from mft_lightning.model.step_result import StepResult
 from mft_lightning.model.supervised_loss import SupervisedLM, SupervisedNLL
 from mft_lightning.shipped import shipped_example
 from mft_lightning.weighting.static import STATIC_MODES, TASK_WEIGHTED_MODES, coefficients
 
 NETWORK = "network.model."  # where the causal LM's weights stand in this module's state
-
-
-@dataclass
-class StepResult:
-    """What an optimizer step leaves behind for the logs; tensors stay on the device until someone reads them.
-
-    Attributes:
-        loss: the minimised loss, this rank's part.
-        nll: summed NLL of each task, this rank's part, ``float64 [K]``.
-        task_supervised: supervised tokens of each task in the global batch, ``int64 [K]``.
-        tokens: tokens of the global batch.
-        learning_rate: of this step.
-        grad_norm: global norm before clipping.
-    """
-
-    loss: Tensor
-    nll: Tensor
-    task_supervised: Tensor
-    tokens: int
-    learning_rate: float = 0.0
-    grad_norm: Tensor | None = None
 
 
 class MFTModule(L.LightningModule):
@@ -233,13 +212,7 @@ class MFTModule(L.LightningModule):
         """
         self.trainer.optimizers[0].zero_grad()
         *head, last = batch.micros
-        result = StepResult(
-            loss=torch.zeros((), dtype=torch.float64, device=self.device),
-            nll=torch.zeros(len(self.task_weights), dtype=torch.float64, device=self.device),
-            task_supervised=batch.task_supervised,
-            tokens=batch.tokens,
-            learning_rate=self.trainer.optimizers[0].param_groups[0]["lr"],
-        )
+        result = StepResult.of(batch, self.trainer.optimizers[0].param_groups[0]["lr"])
         self.last_step = result
         with gradients_kept_local(self._network):
             for micro in head:
@@ -257,8 +230,7 @@ class MFTModule(L.LightningModule):
             weights=self.task_weights.to(self.device),
         )
         loss = (factors.to(output.nll.dtype) * output.nll).sum()
-        result.loss += loss.detach()
-        result.nll.index_add_(0, micro.tasks, output.nll.detach().double())
+        result.add(micro, output.nll.detach(), loss.detach())
         return loss * self.trainer.world_size
 
     @property

@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 from mft_lightning.errors import UserError
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.export import base_state, save_causal_lm
-from mft_lightning.model.module import MFTModule, StepResult
+from mft_lightning.model.module import MFTModule
+from mft_lightning.model.step_result import StepResult
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.stages import is_run_end
 

@@ -1,0 +1,43 @@
+"""What an optimizer step leaves behind for the logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mft_lightning.data.collate import MicroBatch, StepBatch
+
+
+@dataclass
+class StepResult:
+    """Sums over this rank's part of a step, and counts of the whole; tensors stay on the device until someone reads.
+
+    Attributes:
+        loss: the minimised loss, this rank's part, ``float64 []``.
+        nll: summed NLL of each task, this rank's part, ``float64 [K]``.
+        task_supervised: supervised tokens of each task in the global batch, ``int64 [K]``.
+        tokens: tokens of the global batch.
+        learning_rate: of this step.
+        grad_norm: global norm before clipping.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    task_supervised: Tensor
+    tokens: int
+    learning_rate: float
+    grad_norm: Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: StepBatch, learning_rate: float) -> Self:
+        """That of a step which has not begun."""
+        nll = torch.zeros_like(batch.task_supervised, dtype=torch.float64)
+        return cls(nll.sum(), nll, batch.task_supervised, batch.tokens, learning_rate)
+
+    def add(self, micro: MicroBatch, nll: Tensor, loss: Tensor) -> None:
+        """Add a micro-batch: the summed NLL of its conversations ``[C]``, and its part of the loss."""
+        self.loss += loss
+        self.nll.index_add_(0, micro.tasks, nll.double())
