@@ -49,6 +49,7 @@ class MicroBatch(Movable):
         conversation: ``int64 [P]``, which of the ``C`` conversations each belongs to.
         tasks: ``int64 [C]``, task numbers.
         n_supervised: ``int64 [C]``.
+        numbers: ``int64 [C]``, of the conversations in the table they are from.
         packed_lengths: of the conversations in a packed row, in order; empty where each has a row of its own.
     """
 
@@ -59,6 +60,7 @@ class MicroBatch(Movable):
     conversation: Tensor
     tasks: Tensor
     n_supervised: Tensor
+    numbers: Tensor
     packed_lengths: tuple[int, ...] = ()
 
 
@@ -112,6 +114,7 @@ def collate(table: TokenTable, indices: Sequence[int] | np.ndarray, *, packed: b
         conversation=_joined(conversation),
         tasks=torch.from_numpy(table.tasks[chosen].astype(np.int64)),
         n_supervised=torch.from_numpy(table.n_supervised[chosen].astype(np.int64)),
+        numbers=torch.from_numpy(chosen),
         packed_lengths=tuple(lengths) if packed else (),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import numpy as np
 
@@ -32,6 +33,10 @@ class TokenTable(ABC):
     @abstractmethod
     def row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and supervision (1 or 0) of one conversation, each ``[length]``."""
+
+    @abstractmethod
+    def where(self, index: int) -> list[tuple[Path, int]]:
+        """The file and line of every record that one conversation has tokens of."""
 
     @property
     @abstractmethod
@@ -63,6 +68,9 @@ class RecordTable(TokenTable):
         for start, end in spans.reshape(-1, 2):
             supervised[start:end] = 1
         return ids, supervised
+
+    def where(self, index: int) -> list[tuple[Path, int]]:
+        return [self.store.where(int(self.records[index]))]
 
     @property
     def digest(self) -> str:
@@ -112,6 +120,11 @@ class ConcatTable(TokenTable):
         supervised = np.ones(int(self.lengths[index]), dtype=np.uint8)
         supervised[0] = 0
         return np.concatenate(parts), supervised
+
+    def where(self, index: int) -> list[tuple[Path, int]]:
+        first = np.searchsorted(self._ends, self._bounds[index], side="right")
+        last = np.searchsorted(self._ends, self._bounds[index + 1], side="left")
+        return [self.store.where(int(record)) for record in self.records[first : last + 1]]
 
     @property
     def digest(self) -> str:

@@ -1,7 +1,8 @@
-"""A step's gradient over all ranks: when it is reduced, and its norm, however it is shared out among them."""
+"""A step's gradient over all ranks: when it is reduced, its norm, and what becomes of one that is not finite."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -33,8 +34,11 @@ def gradients_kept_local(network: nn.Module) -> Iterator[None]:
         yield
 
 
-def clip_gradients(network: nn.Module, parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
+def clip_gradients(network: nn.Module, parameters: Sequence[nn.Parameter], limit: float | None) -> float:
     """Scale a step's gradient down to the norm ``limit``, if there is one; the norm it had, on every rank the same.
+
+    A gradient whose norm is not finite is dropped: an optimizer passes over weights that have none, so that neither
+    they nor its state change. To know it the host waits for the device, once a step.
 
     Args:
         network: that has the parameters, as it is wrapped for the ranks.
@@ -42,10 +46,22 @@ def clip_gradients(network: nn.Module, parameters: Sequence[nn.Parameter], limit
         limit: of the global 2-norm; None and 0 are no limit.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = global_norm((parameter.grad for parameter in with_gradient if parameter.grad is not None), network)
-    if limit:
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, norm)
+    measured = global_norm((parameter.grad for parameter in with_gradient if parameter.grad is not None), network)
+    norm = float(measured)
+    if not math.isfinite(norm):
+        for parameter in with_gradient:
+            parameter.grad = None
+    elif limit:
+        torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, measured)
     return norm
+
+
+def telling(loss: Tensor) -> Tensor:
+    """The loss, with a gradient of NaN where it is not finite itself: all ranks learn of it when they add theirs up.
+
+    Else the gradient might well be finite: that of an infinite NLL of a token which the model gives no chance is.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def global_norm(gradients: Iterable[Tensor], network: nn.Module | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.build import Attention, ModelSource, load_config, make_network
 from mft_lightning.model.export import describe, trained_names
-from mft_lightning.model.gradients import clip_gradients, gradients_kept_local
+from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
 from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, matrix_names, put_in_force
 from mft_lightning.model.parallel import live_parameters
@@ -56,6 +56,8 @@ class MFTModule(L.LightningModule):
         weighted_loss_mode: case1 (tokens alike), case2 (conversations alike), case3 (tasks alike, tokens within), case4
             (tasks alike, conversations within). "coba" is not supported yet.
         coba: settings of CoBa; not supported yet.
+        max_skipped_steps: optimizer steps with a loss or a gradient that is not finite are skipped; so many in a row
+            end the run with an error.
         dtype: of the weights; the command line takes it from trainer.precision.
         seed: of random weights; the command line takes it from seed_everything.
     """
@@ -86,6 +88,7 @@ class MFTModule(L.LightningModule):
         adam_epsilon: float = 1e-8,
         weighted_loss_mode: Literal["case1", "case2", "case3", "case4", "coba"] = "case3",
         coba: CobaSettings = CobaSettings(),  # noqa: B008
+        max_skipped_steps: int = 10,
         dtype: str = "float32",
         seed: int = 42,
     ) -> None:
@@ -101,6 +104,8 @@ class MFTModule(L.LightningModule):
             raise UserError("model.attn_implementation: flash_attention_2 needs a CUDA GPU. Use sdpa.")
         if pad_vocab_to_multiple_of is not None and pad_vocab_to_multiple_of < 1:
             raise UserError(f"model.pad_vocab_to_multiple_of: {pad_vocab_to_multiple_of} is less than 1.")
+        if max_skipped_steps < 1:
+            raise UserError(f"model.max_skipped_steps: {max_skipped_steps} is less than 1.")
         if peft_type is None and lora != LoraSettings():
             raise UserError("model.lora: is set, but model.peft_type is null. Set model.peft_type: lora.")
         self.source = ModelSource(
@@ -128,6 +133,7 @@ class MFTModule(L.LightningModule):
             adam_epsilon=adam_epsilon,
         )
         self.weighted_loss_mode = weighted_loss_mode
+        self.max_skipped_steps = max_skipped_steps
         self.strict_loading = peft_type is None  # an adapter's checkpoint holds the adapter alone
         self.network: SupervisedLM | None = None
         self.matrices: set[str] = set()  # the network's parameters that decay
@@ -231,7 +237,7 @@ class MFTModule(L.LightningModule):
         )
         loss = (factors.to(output.nll.dtype) * output.nll).sum()
         result.add(micro, output.nll.detach(), loss.detach())
-        return loss * self.trainer.world_size
+        return telling(loss) * self.trainer.world_size
 
     @property
     def _network(self) -> SupervisedLM:
@@ -252,7 +258,7 @@ class MFTModule(L.LightningModule):
     ) -> None:
         """Clip by the norm of the gradient over all ranks, and keep the norm before clipping for the logs."""
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            return  # whose engine clips, and tells the norm afterwards
+            return  # whose engine clips, skips what is not finite, and tells the norm afterwards
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = clip_gradients(self._network, parameters, gradient_clip_val)
         if self.last_step is not None:

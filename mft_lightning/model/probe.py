@@ -61,6 +61,7 @@ def _row(*conversations: Tensor) -> MicroBatch:
         conversation=nothing,
         tasks=nothing,
         n_supervised=nothing,
+        numbers=nothing,
         packed_lengths=lengths if len(lengths) > 1 else (),
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -21,7 +22,9 @@ class StepResult:
         task_supervised: supervised tokens of each task in the global batch, ``int64 [K]``.
         tokens: tokens of the global batch.
         learning_rate: of this step.
-        grad_norm: global norm before clipping.
+        numbers: of the conversations of each of this rank's micro-batches, ``int64 [C]``.
+        conversation_nll: their summed NLL, ``[C]``.
+        grad_norm: global norm before clipping; the step was skipped if it is not finite.
     """
 
     loss: Tensor
@@ -29,7 +32,9 @@ class StepResult:
     task_supervised: Tensor
     tokens: int
     learning_rate: float
-    grad_norm: Tensor | None = None
+    numbers: list[Tensor] = field(default_factory=list)
+    conversation_nll: list[Tensor] = field(default_factory=list)
+    grad_norm: float | None = None
 
     @classmethod
     def of(cls, batch: StepBatch, learning_rate: float) -> Self:
@@ -41,3 +46,11 @@ class StepResult:
         """Add a micro-batch: the summed NLL of its conversations ``[C]``, and its part of the loss."""
         self.loss += loss
         self.nll.index_add_(0, micro.tasks, nll.double())
+        self.numbers.append(micro.numbers)
+        self.conversation_nll.append(nll)
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the optimizer left everything as it was, on every rank."""
+        assert self.grad_norm is not None
+        return not math.isfinite(self.grad_norm)

@@ -20,6 +20,7 @@ from mft_lightning.model.export import base_state, save_causal_lm
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.step_result import StepResult
 from mft_lightning.training.checkpoint import CheckpointSettings
+from mft_lightning.training.skipped_steps import SkippedSteps
 from mft_lightning.training.stages import is_run_end
 
 
@@ -37,12 +38,13 @@ class StepSeeding(L.Callback):
 class StepLogging(L.Callback):
     """Writes the training metrics of an optimizer step at its number, as exact sums over all ranks.
 
-    Logged are the first step, every ``trainer.log_every_n_steps``-th, and the last (unless the validation after it is
-    what ends the run). A task that is absent from a step leaves a gap. Tokens a second count saving, not validating.
+    Logged are the first step, every ``trainer.log_every_n_steps``-th, each that was skipped, and the last (unless the
+    validation after it is what ends the run). A task that is absent from a step leaves a gap, and so does a number that
+    is not finite. Tokens a second count saving, not validating.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, every: int, skipped: SkippedSteps) -> None:
+        self.every, self.skipped = every, skipped
         self._tokens = 0
         self._since = time.perf_counter()
 
@@ -58,13 +60,14 @@ class StepLogging(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         module = cast(MFTModule, pl_module)
         assert module.last_step is not None
-        self._tokens += module.last_step.tokens
-        step = trainer.global_step
-        if not (step == 1 or step % self.every == 0 or is_run_end(trainer)):
+        result, step = module.last_step, trainer.global_step
+        self._tokens += result.tokens
+        if not (step == 1 or step % self.every == 0 or result.skipped or is_run_end(trainer)):
             return
-        metrics = self._metrics(trainer, module, module.last_step)
+        metrics = {k: v for k, v in self._metrics(trainer, module, result).items() if math.isfinite(v)}
         module.log_dict(metrics, logger=False)  # for callbacks; the loggers get the step the axis is defined by
-        module.log("loss", metrics["train/loss"], prog_bar=True, logger=False)
+        if "train/loss" in metrics:
+            module.log("loss", metrics["train/loss"], prog_bar=True, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
 
@@ -72,11 +75,6 @@ class StepLogging(L.Callback):
         loss, *nll = trainer.strategy.reduce(torch.cat([result.loss[None], result.nll]), reduce_op="sum").tolist()
         names = module.datamodule.task_names
         assert result.grad_norm is not None
-        if not math.isfinite(loss):
-            raise UserError(
-                f"step {trainer.global_step}: train/loss is {loss}. Lower model.learning_rate, and go on from an "
-                "earlier checkpoint with --ckpt_path."
-            )
         now = time.perf_counter()
         metrics = {"train/loss": loss}
         for name, task_nll, tokens in zip(names, nll, result.task_supervised.tolist(), strict=True):
@@ -85,7 +83,9 @@ class StepLogging(L.Callback):
         if module.weighs_tasks:
             metrics |= {f"train/weight/{n}": w for n, w in zip(names, module.task_weights.tolist(), strict=True)}
         metrics["train/lr"] = result.learning_rate
-        metrics["train/grad_norm"] = float(result.grad_norm)
+        metrics["train/grad_norm"] = result.grad_norm
+        if self.skipped.total:
+            metrics["train/skipped_steps"] = self.skipped.total
         metrics["train/tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
         self._tokens, self._since = 0, now
         return metrics

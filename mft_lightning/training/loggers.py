@@ -52,7 +52,7 @@ class PlainLines(Logger):
         if "val/loss" in metrics:
             each = [f"{k[9:]} {v:.4f}" for k, v in metrics.items() if k.startswith("val/loss/")]
             self._print(step, f"val/loss {metrics['val/loss']:.4f}  ({'  '.join(each)})")
-        elif "train/loss" in metrics and self.pace is not None:
+        elif "train/grad_norm" in metrics and self.pace is not None:  # of a skipped step another line tells
             left = self.pace.left(step or 0)
             line = (
                 f"loss {metrics['train/loss']:.4f}  lr {metrics['train/lr']:.2e}  grad norm "

@@ -26,6 +26,7 @@ from mft_lightning.training.layout import find_layout
 from mft_lightning.training.loggers import MetricsCSV, PlainLines, tensorboard_logger
 from mft_lightning.training.progress import Pace, RunBar
 from mft_lightning.training.signals import EndAtOnce
+from mft_lightning.training.skipped_steps import SKIPPED_STEPS, SkippedSteps
 from mft_lightning.training.strategies import ShardedStrategy, make_strategy
 
 WEIGHTS_DTYPE = {
@@ -122,7 +123,9 @@ def fit_trainer(
     callbacks: list[L.Callback] = [StepSeeding(seed)]
     timer = _timer(keys["max_time"]) if keys.get("max_time") is not None else None
     callbacks += [timer] if timer is not None else []
-    callbacks += [*_listed(keys.get("callbacks")), *extra_callbacks, StepLogging(keys["log_every_n_steps"])]
+    callbacks += [*_listed(keys.get("callbacks")), *extra_callbacks]
+    skipped = SkippedSteps(output_dir / SKIPPED_STEPS)
+    callbacks += [skipped, StepLogging(keys["log_every_n_steps"], skipped)]
     if checkpoint_io.module.source.init == "random":
         callbacks.append(RandomBase(output_dir / "base"))
     if settings.early_stopping.patience != -1:

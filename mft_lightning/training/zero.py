@@ -91,11 +91,11 @@ class ZeroStrategy(LaunchedStrategy, DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Also keep the norm before clipping, which the engine knows only now."""
+        """Also keep the norm before clipping, which the engine knows only now: infinite where it skipped the step."""
         result = super().optimizer_step(*args, **kwargs)
         last = cast(MFTModule, self.lightning_module).last_step
         assert last is not None
-        last.grad_norm = torch.as_tensor(self.deepspeed_engine.get_global_grad_norm())
+        last.grad_norm = float(self.deepspeed_engine.get_global_grad_norm())
         return result
 
     # ---------------------------------------------------------------- checkpoints, as without DeepSpeed
@@ -116,15 +116,14 @@ class ZeroStrategy(LaunchedStrategy, DeepSpeedStrategy):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         zero: Any = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        _link_moments(zero)
-        step = next(iter(zero.optimizer.state.values()))["step"]
-        moments = {
-            number: {
-                "step": step.clone(),  # every parameter counts for itself
-                **{key: safe_get_full_optimizer_state(parameter, key).reshape(parameter.shape) for key in MOMENTS},
-            }
-            for number, parameter in enumerate(self.trained)
-        }
+        moments = {}
+        if zero.optimizer.state:  # else every step so far was skipped
+            _link_moments(zero)
+            step = next(iter(zero.optimizer.state.values()))["step"]
+            for number, parameter in enumerate(self.trained):
+                whole = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+                shaped = {key: value.reshape(parameter.shape) for key, value in whole.items()}
+                moments[number] = {"step": step.clone(), **shaped}  # every parameter counts for itself
         groups, start = [], 0
         for group, members in zip(zero.param_groups, zero.bit16_groups, strict=True):
             settings = {key: value for key, value in group.items() if key != "params"}
@@ -146,6 +145,8 @@ class ZeroStrategy(LaunchedStrategy, DeepSpeedStrategy):
         from deepspeed.utils import safe_set_full_optimizer_state
 
         (zero,), (saved,) = cast("list[Any]", self.optimizers), checkpoint["optimizer_states"]
+        if not saved["state"]:
+            return
         for partition in zero.single_partition_of_fp32_groups:
             moments = {key: torch.zeros_like(partition) for key in MOMENTS}
             zero.optimizer.state[partition] = {"step": saved["state"][0]["step"].clone(), **moments}

@@ -38,12 +38,12 @@ def store_of(conversations: Sequence[Encoded], batch: int = 3) -> TokenStore:
         pa.RecordBatch.from_pylist(
             [
                 {
-                    "line": 1,
+                    "line": start + place + 1,
                     "input_ids": e.input_ids,
                     "spans": e.spans,
                     "digest": digest_of(e.input_ids, e.spans),
                 }
-                for e in conversations[start : start + batch]
+                for place, e in enumerate(conversations[start : start + batch])
             ],
             form,
         )

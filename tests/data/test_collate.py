@@ -137,7 +137,7 @@ def test_an_empty_micro_batch_is_one_pad_token_with_nothing_to_predict(packed: b
 @pytest.mark.parametrize("indices", [[], [3, 1]])
 def test_all_tensors_are_int64(packed: bool, indices: list[int]) -> None:
     micro = collate(some_table(), indices, packed=packed, pad_id=PAD)
-    assert len(tensors(micro)) == 7
+    assert len(tensors(micro)) == 8
     assert {name: tensor.dtype for name, tensor in tensors(micro).items() if tensor.dtype != torch.int64} == {}
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -48,6 +50,11 @@ def test_a_row_is_cut_from_its_end_with_its_mask(length: int, expected: list[int
     one = np.ones(1, dtype=np.int64)
     ids, supervised = RecordTable(store_of([ONE]), one * 0, one * length, one, one).row(0)
     assert ids.tolist() == ONE.input_ids[:length] and supervised.tolist() == expected
+
+
+def test_a_row_tells_the_file_and_line_of_its_record() -> None:
+    table = table_of([(3, TWO), (1, ONE)])
+    assert table.where(1) == [(Path("made.jsonl"), 2)]
 
 
 def test_rows_are_in_the_order_that_is_asked_for() -> None:
@@ -102,6 +109,16 @@ def test_every_token_of_a_stream_is_supervised_but_the_first_of_each_row(
         ids, supervised = table.row(index)
         assert supervised.tolist() == [0, *[1] * (len(ids) - 1)]
         assert table.lengths[index] == len(ids) and table.n_supervised[index] == len(ids) - 1 >= 1
+
+
+@given(RECORDS, st.integers(3, 9))
+@settings(deadline=None, max_examples=100)
+def test_a_row_tells_the_lines_of_all_records_it_has_tokens_of(records: list[tuple[int, int]], width: int) -> None:
+    table, _ = concatenated(records, width)
+    line_of = [line for line, (length, _) in enumerate(records, start=1) for _ in range(length)]
+    for index in range(len(table)):
+        expected = dict.fromkeys(line_of[token] for token in table.row(index)[0])
+        assert [line for _, line in table.where(index)] == list(expected)
 
 
 @given(RECORDS, st.integers(3, 9), st.integers(3, 9))

@@ -8,8 +8,38 @@ import time
 from typing import Literal
 
 import lightning as L
+import torch
 
 from mft_lightning.errors import UserError
+from mft_lightning.model.module import MFTModule
+from mft_lightning.model.supervised_loss import SupervisedNLL
+
+
+class NotFinite(L.Callback):
+    """The first conversation of a rank's step gets an infinite loss, or gradients that are no numbers.
+
+    Args:
+        what: which of the two.
+        rank: where.
+        steps: optimizer steps that are done by then.
+    """
+
+    def __init__(self, what: Literal["loss", "gradient"], rank: int, steps: list[int]) -> None:
+        self.what, self.rank, self.steps = what, rank, steps
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: MFTModule, *args: object) -> None:
+        if trainer.global_step not in self.steps or trainer.global_rank != self.rank:
+            return
+        handle = pl_module.network.register_forward_hook(lambda *given: self._spoil(given[-1], handle))
+
+    def _spoil(self, output: SupervisedNLL, handle: torch.utils.hooks.RemovableHandle) -> SupervisedNLL:
+        handle.remove()
+        if self.what == "loss":
+            first = torch.zeros_like(output.nll)
+            first[0] = torch.inf
+            return output._replace(nll=output.nll + first)
+        output.nll.register_hook(lambda gradient: gradient * torch.nan)
+        return output
 
 
 class Fault(L.Callback):

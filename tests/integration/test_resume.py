@@ -219,12 +219,14 @@ def test_attention_padding_and_precision_may_change(fit: Callable[..., Path], tm
     assert checkpoints(run)[-1] == "step-00000003"
 
 
-def test_a_loss_that_is_no_number_ends_the_run(
+def test_losses_that_are_no_numbers_end_the_run(
     fit_arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--model.learning_rate", "1e20", "--trainer.gradient_clip_val", "null")
+    words = ("--model.learning_rate", "1e20", "--trainer.gradient_clip_val", "null", "--model.max_skipped_steps", "4")
     assert main(["fit", *fit_arguments(tmp_path / "run", *words)]) == 1
-    assert "train/loss is nan" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "skipped: the losses of all its 16 conversations are not finite" in said.out
+    assert "this is skipped step 4 in a row" in said.err
 
 
 def test_a_changed_patience_counts_after_a_resume(
