@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mft_lightning.errors import NotYetError, UserError, first_line
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
+from mft_lightning.model.objective import Objective
 from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM
@@ -70,6 +71,7 @@ def make_network(
     tokenizer: PreTrainedTokenizerBase,
     *,
     adapters: LoraSettings | None,
+    objective: Objective,
     random_base: str,
     checkpoint_activations: bool,
     pad_vocab_to_multiple_of: int | None,
@@ -81,6 +83,7 @@ def make_network(
         source: the base model.
         tokenizer: that the embeddings must have room for.
         adapters: their settings; None trains all weights.
+        objective: what is minimised of a token.
         random_base: the directory that adapters name as their base where the base is a random draw.
         checkpoint_activations: whether the backward pass computes activations again.
         pad_vocab_to_multiple_of: of rows that embeddings grow to, where they must.
@@ -94,12 +97,12 @@ def make_network(
     fit_tokenizer(model, tokenizer, multiple_of=pad_vocab_to_multiple_of, seed=source.seed, frozen=frozen)
     if checkpoint_activations:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    network = SupervisedLM(model)
+    network = SupervisedLM(model, objective)
     check_assumptions(network, packed=packed)
     if adapters is None:
         return network
     base_path = saved_path(random_base if source.init == "random" else source.path)
-    return SupervisedLM(add_lora(model, adapters, base_path=base_path, seed=source.seed))
+    return SupervisedLM(add_lora(model, adapters, base_path=base_path, seed=source.seed), objective)
 
 
 def build_causal_lm(source: ModelSource) -> PreTrainedModel:

@@ -17,11 +17,12 @@ from mft_lightning.model.build import Attention, ModelSource, load_config, make_
 from mft_lightning.model.export import describe, trained_names
 from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
 from mft_lightning.model.metrics import TaskSums
+from mft_lightning.model.objective import Objective
 from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, matrix_names, put_in_force
 from mft_lightning.model.parallel import live_parameters
 from mft_lightning.model.settings import CobaSettings, LoraSettings, QLoraSettings
 from mft_lightning.model.step_result import StepResult
-from mft_lightning.model.supervised_loss import SupervisedLM, SupervisedNLL
+from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.shipped import shipped_example
 from mft_lightning.weighting.static import STATIC_MODES, TASK_WEIGHTED_MODES, coefficients
 
@@ -56,6 +57,9 @@ class MFTModule(L.LightningModule):
         weighted_loss_mode: case1 (tokens alike), case2 (conversations alike), case3 (tasks alike, tokens within), case4
             (tasks alike, conversations within). "coba" is not supported yet.
         coba: settings of CoBa; not supported yet.
+        label_smoothing: share of each target that is spread evenly over the vocabulary.
+        z_loss: factor of the squared logarithm of the softmax's denominator, like 1e-4; it keeps logits from drifting.
+        focal_gamma: exponent of the focal loss, like 2: tokens that the model knows already count less.
         max_skipped_steps: optimizer steps with a loss or a gradient that is not finite are skipped; so many in a row
             end the run with an error.
         dtype: of the weights; the command line takes it from trainer.precision.
@@ -88,6 +92,9 @@ class MFTModule(L.LightningModule):
         adam_epsilon: float = 1e-8,
         weighted_loss_mode: Literal["case1", "case2", "case3", "case4", "coba"] = "case3",
         coba: CobaSettings = CobaSettings(),  # noqa: B008
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        focal_gamma: float = 0.0,
         max_skipped_steps: int = 10,
         dtype: str = "float32",
         seed: int = 42,
@@ -133,6 +140,7 @@ class MFTModule(L.LightningModule):
             adam_epsilon=adam_epsilon,
         )
         self.weighted_loss_mode = weighted_loss_mode
+        self.objective = Objective(label_smoothing=label_smoothing, z_loss=z_loss, focal_gamma=focal_gamma)
         self.max_skipped_steps = max_skipped_steps
         self.strict_loading = peft_type is None  # an adapter's checkpoint holds the adapter alone
         self.network: SupervisedLM | None = None
@@ -174,6 +182,7 @@ class MFTModule(L.LightningModule):
                 self.source,
                 datamodule.tokenizer,
                 adapters=self.lora if self.peft_type is not None else None,
+                objective=self.objective,
                 random_base=random_base,
                 checkpoint_activations=self.checkpoint_activations,
                 pad_vocab_to_multiple_of=self.pad_vocab_to_multiple_of,
@@ -226,7 +235,6 @@ class MFTModule(L.LightningModule):
         return self._micro_loss(last, batch, result)
 
     def _micro_loss(self, micro: MicroBatch, batch: StepBatch, result: StepResult) -> Tensor:
-        output = self._forward(micro)
         factors = coefficients(
             self.weighted_loss_mode,
             tasks=micro.tasks,
@@ -235,17 +243,14 @@ class MFTModule(L.LightningModule):
             task_supervised=batch.task_supervised,
             weights=self.task_weights.to(self.device),
         )
-        loss = (factors.to(output.nll.dtype) * output.nll).sum()
-        result.add(micro, output.nll.detach(), loss.detach())
-        return telling(loss) * self.trainer.world_size
+        output = self._network(micro, factors)
+        result.add(micro, output)
+        return telling(output.loss) * self.trainer.world_size
 
     @property
     def _network(self) -> SupervisedLM:
         assert self.network is not None
         return self.network
-
-    def _forward(self, micro: MicroBatch) -> SupervisedNLL:
-        return self._network(micro)
 
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Nothing: Lightning calls it between ``training_step`` and the last backward, and would clear the others'."""
@@ -279,7 +284,7 @@ class MFTModule(L.LightningModule):
         self._report("test")
 
     def _add(self, prefix: str, micro: MicroBatch) -> None:
-        output = self._forward(micro)
+        output = self._network(micro)
         self.sums[prefix].to(self.device).update(micro.tasks, output.nll, micro.n_supervised, output.correct)
 
     def _report(self, prefix: str) -> None:

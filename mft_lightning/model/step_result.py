@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mft_lightning.data.collate import MicroBatch, StepBatch
+from mft_lightning.model.supervised_loss import SupervisedNLL
 
 
 @dataclass
@@ -19,6 +20,7 @@ class StepResult:
     Attributes:
         loss: the minimised loss, this rank's part, ``float64 []``.
         nll: summed NLL of each task, this rank's part, ``float64 [K]``.
+        correct: tokens of each task that were the most likely one, this rank's part, ``float64 [K]``.
         task_supervised: supervised tokens of each task in the global batch, ``int64 [K]``.
         tokens: tokens of the global batch.
         learning_rate: of this step.
@@ -29,6 +31,7 @@ class StepResult:
 
     loss: Tensor
     nll: Tensor
+    correct: Tensor
     task_supervised: Tensor
     tokens: int
     learning_rate: float
@@ -39,15 +42,16 @@ class StepResult:
     @classmethod
     def of(cls, batch: StepBatch, learning_rate: float) -> Self:
         """That of a step which has not begun."""
-        nll = torch.zeros_like(batch.task_supervised, dtype=torch.float64)
-        return cls(nll.sum(), nll, batch.task_supervised, batch.tokens, learning_rate)
+        zeros = torch.zeros_like(batch.task_supervised, dtype=torch.float64)
+        return cls(zeros.sum(), zeros, zeros.clone(), batch.task_supervised, batch.tokens, learning_rate)
 
-    def add(self, micro: MicroBatch, nll: Tensor, loss: Tensor) -> None:
-        """Add a micro-batch: the summed NLL of its conversations ``[C]``, and its part of the loss."""
-        self.loss += loss
-        self.nll.index_add_(0, micro.tasks, nll.double())
+    def add(self, micro: MicroBatch, found: SupervisedNLL) -> None:
+        """Add a micro-batch and what its forward gave."""
+        self.loss += found.loss.detach()
+        self.nll.index_add_(0, micro.tasks, found.nll.double())
+        self.correct.index_add_(0, micro.tasks, found.correct.double())
         self.numbers.append(micro.numbers)
-        self.conversation_nll.append(nll)
+        self.conversation_nll.append(found.nll)
 
     @property
     def skipped(self) -> bool:

@@ -6,15 +6,17 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mft_lightning.data.collate import MicroBatch
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.attention import packed_row_arguments
+from mft_lightning.model.head_loss import head_loss
+from mft_lightning.model.objective import Objective
 
-LOGIT_BUDGET = 512 * 2**20  # bytes of float32 logits that may stand in memory at once
+# bytes of float32 logits that may stand in memory at once, by device (benchmarks/head_loss.py)
+LOGIT_BUDGETS = {"cpu": 64 * 2**20}
+LOGIT_BUDGET = 512 * 2**20  # of all others, not yet run on a GPU
 
 
 class SupervisedNLL(NamedTuple):
@@ -23,29 +25,37 @@ class SupervisedNLL(NamedTuple):
     A tuple, because wrappers of a module look for the tensors in its output.
 
     Attributes:
-        nll: summed negative log-likelihood, ``[C]``, at least float32, differentiable.
+        loss: each token's objective times its conversation's factor, added up; differentiable, ``[]``.
+        nll: summed negative log-likelihood, ``[C]``, at least float32, no gradient.
         correct: supervised tokens that were the most likely one, ``int64 [C]``.
     """
 
+    loss: Tensor
     nll: Tensor
     correct: Tensor
 
 
 class SupervisedLM(nn.Module):
-    """A causal language model whose forward gives the NLL of supervised tokens.
+    """A causal language model whose forward gives the loss of supervised tokens.
 
     The head sees the hidden states that predict a supervised token and no others, in chunks whose logits stay within
-    ``logit_budget`` bytes; where more than one chunk is needed each is computed again in the backward pass, so that
-    peak memory grows with neither vocabulary times length nor the batch.
+    ``logit_budget`` bytes, so that peak memory grows with neither vocabulary times length nor the batch.
 
     Args:
         model: a transformers causal LM, or one wrapped by peft.
-        logit_budget: bytes of float32 logits in memory at once.
+        objective: what is minimised of a token.
+        logit_budget: bytes of float32 logits in memory at once. Default: by the device.
     """
 
-    def __init__(self, model: nn.Module, logit_budget: int = LOGIT_BUDGET) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective = Objective(),  # noqa: B008  # never written
+        logit_budget: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.objective = objective
         self.logit_budget = logit_budget
 
     @property
@@ -54,18 +64,21 @@ class SupervisedLM(nn.Module):
         inner = self.model.get_base_model() if has_adapters(self.model) else self.model
         return cast(PreTrainedModel, inner)
 
-    def forward(self, micro: MicroBatch) -> SupervisedNLL:
+    def forward(self, micro: MicroBatch, factors: Tensor | None = None) -> SupervisedNLL:
+        """Losses of a micro-batch; ``factors``, ``[C]``, are what each conversation's summed objective counts: 1."""
         hidden = self.hidden_states(micro)
-        chosen = hidden.flatten(0, 1)[micro.predictors]
         conversations = len(micro.tasks)
         if not len(micro.targets):  # a rank without work
-            return SupervisedNLL(
-                _no_loss(self._head(hidden)) + hidden.new_zeros(conversations), micro.tasks.new_zeros(conversations)
-            )
-        nll, correct = self._token_nll(chosen, micro.targets)
+            loss = _no_loss(self._head(hidden))
+            return SupervisedNLL(loss, loss.new_zeros(conversations), micro.tasks.new_zeros(conversations))
+        chosen = hidden.flatten(0, 1)[micro.predictors]
+        each = torch.ones_like(micro.tasks, dtype=torch.float32) if factors is None else factors
+        per_token = each[micro.conversation]
+        losses = head_loss(self._head, chosen, micro.targets, per_token, self.objective, self._rows(hidden.device))
         return SupervisedNLL(
-            nll.new_zeros(conversations).index_add(0, micro.conversation, nll),
-            correct.new_zeros(conversations).index_add(0, micro.conversation, correct),
+            losses.loss,
+            losses.nll.new_zeros(conversations).index_add(0, micro.conversation, losses.nll),
+            losses.correct.new_zeros(conversations).index_add(0, micro.conversation, losses.correct),
         )
 
     def generate(self, **arguments: Any) -> Tensor:
@@ -94,25 +107,12 @@ class SupervisedLM(nn.Module):
             **packed_row_arguments(self.causal_lm, micro.packed_lengths, micro.input_ids),
         ).last_hidden_state
 
-    def _token_nll(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """NLL and correctness of each target: ``[P, hidden], [P] -> [P], int64 [P]``."""
-        rows = max(1, self.logit_budget // (4 * self.causal_lm.config.get_text_config().vocab_size))
-        if len(targets) <= rows:
-            return _head_nll(self._head, hidden, targets)
-        parts = [
-            checkpoint(_head_nll, self._head, hidden[i : i + rows], targets[i : i + rows], use_reentrant=False)
-            for i in range(0, len(targets), rows)
-        ]
-        return torch.cat([nll for nll, _ in parts]), torch.cat([correct for _, correct in parts])
+    def _rows(self, device: torch.device) -> int:
+        """Tokens whose logits stand in memory at once."""
+        budget = self.logit_budget or LOGIT_BUDGETS.get(device.type, LOGIT_BUDGET)
+        return max(1, budget // (4 * self.causal_lm.config.get_text_config().vocab_size))
 
 
 def _no_loss(logits: Tensor) -> Tensor:
     """Zero, with a graph through every weight: other ranks wait for the gradients of all of them."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).sum() * 0
-
-
-def _head_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    logits = head(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    nll = F.cross_entropy(logits, targets, reduction="none")
-    return nll, (logits.detach().argmax(-1) == targets).long()

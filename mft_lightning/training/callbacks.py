@@ -72,14 +72,16 @@ class StepLogging(L.Callback):
             logger.log_metrics(metrics, step=step)
 
     def _metrics(self, trainer: L.Trainer, module: MFTModule, result: StepResult) -> dict[str, float]:
-        loss, *nll = trainer.strategy.reduce(torch.cat([result.loss[None], result.nll]), reduce_op="sum").tolist()
         names = module.datamodule.task_names
+        sums = torch.cat([result.loss[None], result.nll, result.correct])
+        loss, *sums_of_tasks = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        nll, correct = sums_of_tasks[: len(names)], sums_of_tasks[len(names) :]
         assert result.grad_norm is not None
         now = time.perf_counter()
         metrics = {"train/loss": loss}
-        for name, task_nll, tokens in zip(names, nll, result.task_supervised.tolist(), strict=True):
-            if tokens:
-                metrics[f"train/loss/{name}"] = task_nll / tokens
+        tokens = dict(zip(names, result.task_supervised.tolist(), strict=True))
+        for kind, values in (("loss", nll), ("accuracy", correct)):
+            metrics |= {f"train/{kind}/{n}": v / tokens[n] for n, v in zip(names, values, strict=True) if tokens[n]}
         if module.weighs_tasks:
             metrics |= {f"train/weight/{n}": w for n, w in zip(names, module.task_weights.tolist(), strict=True)}
         metrics["train/lr"] = result.learning_rate

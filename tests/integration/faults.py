@@ -37,8 +37,8 @@ class NotFinite(L.Callback):
         if self.what == "loss":
             first = torch.zeros_like(output.nll)
             first[0] = torch.inf
-            return output._replace(nll=output.nll + first)
-        output.nll.register_hook(lambda gradient: gradient * torch.nan)
+            return output._replace(nll=output.nll + first, loss=output.loss + torch.inf)
+        output.loss.register_hook(lambda gradient: gradient * torch.nan)
         return output
 
 

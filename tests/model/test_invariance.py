@@ -148,6 +148,31 @@ def test_lora_gradient_is_the_same_in_every_layout(
         assert distance(gradients, reference) < 1e-10, layout
 
 
+def test_every_option_of_the_loss_is_the_same_in_every_layout(
+    tiny_model: Path, example_tasks: list[str], tmp_path: Path
+) -> None:
+    options = {"label_smoothing": 0.1, "z_loss": 1e-2, "focal_gamma": 2.0}
+    found = {}
+    for padding_mode, size in (("padding", 1), ("pack", 8)):
+        datamodule = make(
+            tiny_model, example_tasks, "case2", padding_mode=padding_mode, per_device_train_batch_size=size
+        )
+        found[size], module = one_step(tiny_model, datamodule, "case2", tmp_path, **options)
+    assert distance(found[8], found[1]) < 1e-5
+    expected, table = 0.0, datamodule.table("train")
+    model = MFTModule(pretrained_model_path=str(tiny_model), init="random", dtype="float64").build(datamodule).model
+    for index in datamodule.plan.global_batch(0, 0):
+        ids, mask = (torch.tensor(part.astype("int64")) for part in table.row(index))
+        with torch.no_grad():
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1][mask[1:] == 1]
+        wanted, functional = ids[1:][mask[1:] == 1], torch.nn.functional
+        nll = functional.cross_entropy(logits, wanted, reduction="none")
+        smooth = functional.cross_entropy(logits, wanted, reduction="none", label_smoothing=0.1)
+        focal = 0.9 * ((1 - torch.exp(-nll)) ** 2 - 1) * nll
+        expected += float((smooth + focal + 1e-2 * logits.logsumexp(-1) ** 2).mean()) / 16
+    assert float(module.last_step.loss) == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_batch_with_an_absent_task_weighs_the_tasks_that_are_there(
     tiny_model: Path, example_tasks: list[str], tmp_path: Path
 ) -> None:
