@@ -20,6 +20,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import duration, json_line, say
+from mft_lightning.training.balancing import check_balancing
 from mft_lightning.training.checkpoint import SUPERSEDED
 from mft_lightning.training.checkpoint_dirs import (
     CheckpointInfo,
@@ -76,6 +77,7 @@ def fit(argv: list[str]) -> None:
     with ranks.first_before_others("data"):
         datamodule.setup("fit")
     _check_evaluation(config, datamodule)
+    check_balancing(module, datamodule)
     module.build(datamodule, random_base=str(config.output_dir / "base"))
     checkpoint_io = HFCheckpointIO(module)
     if resumed is not None:

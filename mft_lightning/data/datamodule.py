@@ -308,12 +308,16 @@ class MFTDataModule(L.LightningDataModule):
         kept = kept[~np.isin(tasks[kept], [self.task_names.index(name) for name in self.exclude_tasks])]
         return kept[limit_per_task(tasks[kept], per_task, self.seed)]
 
-    def _evaluation_loader(self, split: str) -> DataLoader[MicroBatch]:
+    def evaluation_steps(self, split: str, chosen: np.ndarray) -> EvaluationSteps:
+        """This rank's micro-batches of conversations of ``table(split)``; every rank has as many."""
         rank, world = self._place()
-        table, kept = self.table(split), self.evaluated(split)
-        dealt = [kept[part] for part in deal_evaluation(table.lengths[kept], self.valid_batch_size, rank, world)]
+        table = self.table(split)
+        dealt = [chosen[part] for part in deal_evaluation(table.lengths[chosen], self.valid_batch_size, rank, world)]
         assert self.tokenizer.pad_token_id is not None
-        steps = EvaluationSteps(table, dealt, packed=self.packed, pad_id=self.tokenizer.pad_token_id)
+        return EvaluationSteps(table, dealt, packed=self.packed, pad_id=self.tokenizer.pad_token_id)
+
+    def _evaluation_loader(self, split: str) -> DataLoader[MicroBatch]:
+        steps = self.evaluation_steps(split, self.evaluated(split))
         return DataLoader(steps, batch_size=None, num_workers=self._workers())
 
     def _workers(self) -> int:

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from mft_lightning import ranks
 from mft_lightning.data.collate import MicroBatch, StepBatch
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import NotYetError, UserError
@@ -20,11 +21,14 @@ from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, matrix_names, put_in_force
 from mft_lightning.model.parallel import live_parameters
-from mft_lightning.model.settings import CobaSettings, LoraSettings, QLoraSettings
+from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.step_result import StepResult
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.shipped import shipped_example
-from mft_lightning.weighting.static import STATIC_MODES, TASK_WEIGHTED_MODES, coefficients
+from mft_lightning.weighting.coba import CobaSettings
+from mft_lightning.weighting.famo import FamoSettings
+from mft_lightning.weighting.modes import TASK_WEIGHTED_MODES, WeightingMode, check_settings, make_balancer
+from mft_lightning.weighting.static import coefficients
 
 NETWORK = "network.model."  # where the causal LM's weights stand in this module's state
 
@@ -55,8 +59,9 @@ class MFTModule(L.LightningModule):
         adam_beta2: AdamW's second decay rate.
         adam_epsilon: AdamW's epsilon.
         weighted_loss_mode: case1 (tokens alike), case2 (conversations alike), case3 (tasks alike, tokens within), case4
-            (tasks alike, conversations within). "coba" is not supported yet.
-        coba: settings of CoBa; not supported yet.
+            (tasks alike, conversations within); or case3 with weights that a balancer moves: coba, famo.
+        coba: settings of CoBa.
+        famo: settings of FAMO.
         label_smoothing: share of each target that is spread evenly over the vocabulary.
         z_loss: factor of the squared logarithm of the softmax's denominator, like 1e-4; it keeps logits from drifting.
         focal_gamma: exponent of the focal loss, like 2: tokens that the model knows already count less.
@@ -90,8 +95,9 @@ class MFTModule(L.LightningModule):
         adam_beta1: float = 0.9,
         adam_beta2: float = 0.999,
         adam_epsilon: float = 1e-8,
-        weighted_loss_mode: Literal["case1", "case2", "case3", "case4", "coba"] = "case3",
+        weighted_loss_mode: WeightingMode = "case3",
         coba: CobaSettings = CobaSettings(),  # noqa: B008
+        famo: FamoSettings = FamoSettings(),  # noqa: B008
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         focal_gamma: float = 0.0,
@@ -102,8 +108,7 @@ class MFTModule(L.LightningModule):
         super().__init__()
         if peft_type == "qlora" or qlora != QLoraSettings():
             raise NotYetError("model.peft_type", "qlora", "Use lora.")
-        if weighted_loss_mode not in STATIC_MODES or coba != CobaSettings():
-            raise NotYetError("model.weighted_loss_mode", "coba", f"Use one of {', '.join(STATIC_MODES)}.")
+        check_settings(weighted_loss_mode, coba, famo)
         if attn_implementation == "flex_attention":
             why = "It has no backward pass on the CPU, and was not yet run on a GPU. Use sdpa or eager."
             raise NotYetError("model.attn_implementation", "flex_attention", why)
@@ -140,13 +145,13 @@ class MFTModule(L.LightningModule):
             adam_epsilon=adam_epsilon,
         )
         self.weighted_loss_mode = weighted_loss_mode
+        self.coba, self.famo = coba, famo
         self.objective = Objective(label_smoothing=label_smoothing, z_loss=z_loss, focal_gamma=focal_gamma)
         self.max_skipped_steps = max_skipped_steps
         self.strict_loading = peft_type is None  # an adapter's checkpoint holds the adapter alone
         self.network: SupervisedLM | None = None
         self.matrices: set[str] = set()  # the network's parameters that decay
         self.saved_names: set[str] = set()  # what a checkpoint holds of this module's state
-        self.task_weights = torch.ones(0)
         self.last_step: StepResult | None = None
 
     # ---------------------------------------------------------------- setting up
@@ -158,9 +163,9 @@ class MFTModule(L.LightningModule):
     def check(self, datamodule: MFTDataModule) -> None:
         """Raise what can be known without loading weights or data."""
         config = load_config(self.source.path, self.source.model_type, self.source.trust_remote_code)
-        if datamodule.task_weights is not None and not self.weighs_tasks:
+        if datamodule.task_weights is not None and self.weighted_loss_mode not in TASK_WEIGHTED_MODES:
             raise UserError(
-                f"data.task_weights: model.weighted_loss_mode: {self.weighted_loss_mode} does not weigh tasks. "
+                f"data.task_weights: model.weighted_loss_mode: {self.weighted_loss_mode} takes no weights of tasks. "
                 f"Use {' or '.join(TASK_WEIGHTED_MODES)}, or leave the weights out."
             )
         longest = getattr(config, "max_position_embeddings", None)
@@ -189,7 +194,9 @@ class MFTModule(L.LightningModule):
                 packed=datamodule.packed,
             )
             names = datamodule.task_names
-            self.task_weights = torch.tensor(datamodule.task_weights or [1.0] * len(names), dtype=torch.float64)
+            self.balancer = make_balancer(
+                self.weighted_loss_mode, datamodule.task_weights or [1.0] * len(names), self.coba, self.famo
+            )
             self.sums = {split: TaskSums(names) for split in ("val", "test")}
             self.description = describe(self.network.model, self.network.causal_lm)
             self.matrices = matrix_names(self.network)
@@ -236,12 +243,12 @@ class MFTModule(L.LightningModule):
 
     def _micro_loss(self, micro: MicroBatch, batch: StepBatch, result: StepResult) -> Tensor:
         factors = coefficients(
-            self.weighted_loss_mode,
+            "case3" if self.balancer.learns else self.weighted_loss_mode,
             tasks=micro.tasks,
             n_supervised=micro.n_supervised,
             task_conversations=batch.task_conversations,
             task_supervised=batch.task_supervised,
-            weights=self.task_weights.to(self.device),
+            weights=self.balancer.weights.to(self.device),
         )
         output = self._network(micro, factors)
         result.add(micro, output)
@@ -301,8 +308,17 @@ class MFTModule(L.LightningModule):
         """Keep what trains: everything, or the adapter alone."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self.saved_names}
+        checkpoint["balancer"] = {"name": self.balancer.name, **self.balancer.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the weights of the tasks as they were, if the same balancer had moved them."""
+        state = dict(checkpoint.get("balancer", {}))
+        if state.pop("name", "") == self.balancer.name:
+            self.balancer.load_state_dict(state)
+        elif self.balancer.learns and ranks.is_first():
+            print(f"weights of tasks: {self.balancer.name} starts anew, which the checkpoint was trained without.")
 
     @property
     def weighs_tasks(self) -> bool:
         """Whether the weighting mode has a weight per task."""
-        return self.weighted_loss_mode in TASK_WEIGHTED_MODES
+        return self.balancer.learns or self.weighted_loss_mode in TASK_WEIGHTED_MODES

@@ -1,4 +1,4 @@
-"""The groups of keys below ``model``: adapters, quantisation, balancers."""
+"""The groups of keys below ``model`` that say what trains: adapters, quantisation."""
 
 from __future__ import annotations
 
@@ -62,22 +62,3 @@ class QLoraSettings:
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-
-
-@dataclass(kw_only=True)
-class CobaSettings:
-    """The CoBa balancer (``model.weighted_loss_mode: coba``), not supported yet.
-
-    Args:
-        warmup_steps: steps of equal weights.
-        history_length: validation losses that a slope is fitted to.
-        tau: temperature of the divergence factor.
-        update_interval: steps between updates.
-        sample_valid_num: validation batches per update.
-    """
-
-    warmup_steps: int = 100
-    history_length: int = 200
-    tau: float = 5.0
-    update_interval: int = 1
-    sample_valid_num: int = 1

@@ -83,7 +83,7 @@ class StepLogging(L.Callback):
         for kind, values in (("loss", nll), ("accuracy", correct)):
             metrics |= {f"train/{kind}/{n}": v / tokens[n] for n, v in zip(names, values, strict=True) if tokens[n]}
         if module.weighs_tasks:
-            metrics |= {f"train/weight/{n}": w for n, w in zip(names, module.task_weights.tolist(), strict=True)}
+            metrics |= {f"train/weight/{n}": w for n, w in zip(names, module.balancer.weights.tolist(), strict=True)}
         metrics["train/lr"] = result.learning_rate
         metrics["train/grad_norm"] = result.grad_norm
         if self.skipped.total:

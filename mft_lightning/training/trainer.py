@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mft_lightning.errors import UserError
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.screen import console
+from mft_lightning.training.balancing import Balancing
 from mft_lightning.training.callbacks import EarlyStoppingSettings, RandomBase, StepLogging, StepSeeding
 from mft_lightning.training.checkpoint import CheckpointSettings, HFModelCheckpoint
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
@@ -116,8 +117,8 @@ def fit_trainer(
 ) -> L.Trainer:
     """The Trainer that trains.
 
-    The order of callbacks matters: a step is logged, then validated, then saved (Lightning puts checkpoints last);
-    the clock comes before all, so that its last step is known to be the last.
+    The order of callbacks matters: a step is logged, then moves the tasks' weights, is validated, and saved (Lightning
+    puts checkpoints last); the clock comes before all, so that its last step is known to be the last.
     """
     evaluation = Evaluation(settings.evaluation) if settings.evaluation.enabled else None
     callbacks: list[L.Callback] = [StepSeeding(seed)]
@@ -125,7 +126,7 @@ def fit_trainer(
     callbacks += [timer] if timer is not None else []
     callbacks += [*_listed(keys.get("callbacks")), *extra_callbacks]
     skipped = SkippedSteps(output_dir / SKIPPED_STEPS)
-    callbacks += [skipped, StepLogging(keys["log_every_n_steps"], skipped)]
+    callbacks += [skipped, StepLogging(keys["log_every_n_steps"], skipped), Balancing(checkpoint_io.module.coba)]
     if checkpoint_io.module.source.init == "random":
         callbacks.append(RandomBase(output_dir / "base"))
     if settings.early_stopping.patience != -1:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 StaticMode = Literal["case1", "case2", "case3", "case4"]
 STATIC_MODES: tuple[str, ...] = get_args(StaticMode)
-TASK_WEIGHTED_MODES = ("case3", "case4")
 
 
 def coefficients(
@@ -30,6 +29,8 @@ def coefficients(
     - case2: ``1 / (S * n_s)`` (conversations count alike)
     - case3: ``w_k / (K_b * N_k)`` (tasks count alike, tokens within a task)
     - case4: ``w_k / (K_b * S_k * n_s)`` (tasks count alike, conversations within a task)
+
+    Balancers move the ``w_k`` of case3 between steps.
 
     The original divides by the same counts of one rank's micro-batch; over the global batch the loss depends on
     nothing but the conversations in it.

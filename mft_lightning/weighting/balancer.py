@@ -1,0 +1,78 @@
+"""What moves the tasks' weights between steps: one small interface, and the one that does not move them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Balancer(ABC):
+    """Owns the weights ``w_k`` of case3 and case4.
+
+    It is told sums over all ranks and computes in float64 on the CPU, so its weights are the same on every rank.
+
+    Args:
+        tasks: how many there are.
+
+    Attributes:
+        weights: of the next step, of mean 1, ``float64 [K]``.
+        name: of the way of balancing, which a checkpoint goes on with.
+        learns: whether the weights move.
+    """
+
+    name: str
+    learns = True
+
+    def __init__(self, tasks: int) -> None:
+        self.weights = torch.ones(tasks, dtype=torch.float64)
+
+    def batches_due(self, step: int) -> int:
+        """How many validation batches it wants to see after an optimizer step (from 1)."""
+        return 0
+
+    @abstractmethod
+    def after_step(self, step: int, train: Tensor, valid: Tensor | None = None) -> None:
+        """Move the weights, after a step that was not skipped.
+
+        Args:
+            step: optimizer steps taken (from 1).
+            train: NLL per supervised token of each task in the step, ``float64 [K]``; NaN where a task was absent.
+            valid: that in the validation batches that were due; None where none was.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides the next weights, in what ``torch.load`` takes with ``weights_only``."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+
+
+class FixedWeights(Balancer):
+    """The weights that were asked for.
+
+    Args:
+        weights: of mean 1.
+    """
+
+    name = "fixed"
+    learns = False
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        super().__init__(len(weights))
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+
+    def after_step(self, step: int, train: Tensor, valid: Tensor | None = None) -> None:
+        """Nothing moves."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: they are in the configuration."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: they are in the configuration."""
