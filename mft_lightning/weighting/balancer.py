@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LEAST = 1e-8  # NLL per token, below which a task is as good as learnt: what losses are divided by at least
+
 
 class Balancer(ABC):
     """Owns the weights ``w_k`` of case3 and case4.

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from mft_lightning.errors import UserError
-from mft_lightning.weighting.balancer import Balancer
+from mft_lightning.weighting.balancer import LEAST, Balancer
 
+FLAT = 1e-12  # a slope of no more is rounding, which shares would blow up
 FLOOR = 0.1  # of the mean weight, which no task falls below
 
 
@@ -76,7 +77,7 @@ class Coba(Balancer):
         if valid is None or not valid.isfinite().all():
             return
         if not self.first.numel():
-            self.first = valid[:, None]
+            self.first = valid[:, None].clamp_min(LEAST)
         kept = self.settings.history_length
         self.losses = torch.cat([self.losses, valid[:, None] / self.first], dim=1)[:, -kept:]
         if step < self.settings.warmup_steps or self.losses.shape[1] < 2:
@@ -109,7 +110,8 @@ def _slopes(losses: Tensor) -> Tensor:
     """Of the straight lines of least squares through each row of ``[K, n]``, a place apart: ``[K]``."""
     places = torch.arange(losses.shape[1], dtype=losses.dtype)
     places -= places.mean()
-    return (losses - losses.mean(1, keepdim=True)) @ places / places.square().sum()
+    slopes = (losses - losses.mean(1, keepdim=True)) @ places / places.square().sum()
+    return torch.where(slopes.abs() > FLAT, slopes, 0.0)
 
 
 def _share(values: Tensor, count: int) -> Tensor:

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from mft_lightning.errors import UserError
-from mft_lightning.weighting.balancer import Balancer
-
-LEAST = 1e-8  # NLL per token, below which a task is as good as learnt
+from mft_lightning.weighting.balancer import LEAST, Balancer
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.build import ModelSource, build_causal_lm, count_parameters, fit_tokenizer, seeded
 from mft_lightning.model.export import base_state
 from mft_lightning.model.module import MFTModule
-from mft_lightning.model.settings import CobaSettings, LoraSettings
+from mft_lightning.model.settings import LoraSettings
 
 
 def source(path: Path, init: str = "pretrained", dtype: torch.dtype = torch.float32, seed: int = 42) -> ModelSource:
@@ -168,8 +168,6 @@ def test_an_unknown_lora_target_is_named(tiny_model: Path, example_tasks: list[s
     "settings",
     [
         {"peft_type": "qlora"},
-        {"weighted_loss_mode": "coba"},
-        {"coba": CobaSettings(tau=1.0)},
         {"attn_implementation": "flex_attention"},
     ],
 )
