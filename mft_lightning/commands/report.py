@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
-import torch
 from rich.text import Text
 
 from mft_lightning.data.admission import TaskReport
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.plan import Plan
 from mft_lightning.model.build import count_parameters
+from mft_lightning.model.head_loss import computes_bfloat16
 from mft_lightning.model.module import MFTModule
 from mft_lightning.screen import Grid, labelled, shown
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo
@@ -64,7 +64,7 @@ def run_plan(
         lines.append(
             f"note: model.num_warmup_steps ({optim.num_warmup_steps}) reaches the last step; the rate never decays."
         )
-    if "bf16" in str(trainer.precision) and trainer.strategy.root_device.type == "cpu" and not _fast_bfloat16():
+    if "bf16" in str(trainer.precision) and trainer.strategy.root_device.type == "cpu" and not computes_bfloat16():
         lines.append("note: this CPU has no fast bfloat16; 32-true is many times faster here.")
     return [*lines, ""]
 
@@ -74,10 +74,6 @@ def _device_line(trainer: L.Trainer) -> str:
     name = getattr(trainer.strategy, "short_name", None)
     how = f", {name}" if name else ""
     return f"{trainer.num_devices} x {trainer.strategy.root_device.type}{several}{how}, precision {trainer.precision}"
-
-
-def _fast_bfloat16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def batch_line(datamodule: MFTDataModule) -> str:

@@ -45,7 +45,7 @@ def head_loss(
         objective: of each.
         rows: tokens whose logits stand in memory at once.
     """
-    if type(head) is nn.Linear and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and _is_plain(head):
         return TokenLosses(*_LinearHeadLoss.apply(hidden, head.weight, head.bias, targets, factors, objective, rows))
     parts = []
     for start in range(0, len(targets), rows):
@@ -85,6 +85,8 @@ class _LinearHeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        if kind == "cpu" and dtype == torch.bfloat16 and not computes_bfloat16():
+            dtype = torch.float32
         reduced = _reduced_in(dtype)
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         made = [
@@ -149,6 +151,17 @@ def _accumulate(made: list[Tensor | None], part: slice, gradient: Tensor, inputs
         of_weight.addmm_(gradient.T, inputs)
     else:
         of_weight.add_(gradient.T @ inputs)
+
+
+def computes_bfloat16() -> bool:
+    """Whether this CPU has instructions for it; matrix products are some thirty times slower than float32's if not."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether a head is a matrix and a bias, and nobody asked to see it called."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return type(head) is nn.Linear and not any(getattr(head, name) for name in hooks)
 
 
 def _reduced_in(dtype: torch.dtype) -> torch.dtype:

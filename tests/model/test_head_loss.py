@@ -103,6 +103,16 @@ def test_its_gradients_are_those_of_small_differences(objective: Objective, seed
     assert (values[0] - values[1]) / 2 == pytest.approx(expected, rel=1e-4, abs=1e-12)
 
 
+def test_a_head_that_is_watched_is_called() -> None:
+    head, *others = case()
+    seen = []
+    head.register_forward_hook(lambda module, inputs, logits: seen.append(len(logits)))
+    assert_same(
+        (head, *others), head_loss(head, *others, Objective(), 4), (head, *others), plain(head, *others, Objective())
+    )
+    assert seen[:4] == [4, 4, 4, 1]
+
+
 @pytest.mark.parametrize(("trains", "reaches"), itertools.product([True, False], repeat=2))
 def test_what_does_not_train_gets_no_gradient(trains: bool, reaches: bool) -> None:
     given_ = case()
