@@ -3,73 +3,73 @@
     python benchmarks/balancer_cost.py [--steps 60]
 
 Prints, for each, medians over the steps: the whole step, the balancer's part of it, and of that the forward passes of
-validation batches, which CoBa looks at and FAMO does without.
+the validation batch, which CoBa looks at and FAMO does without.
 """
 
 import argparse
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import lightning as L
+from unittest.mock import patch
 
 from mft_lightning.cli import main as run
+from mft_lightning.model.module import MFTModule
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.training.balancing import Balancing
 
 WORDS = ["fit", "--config=configs/quickstart.yaml", "--evaluation.strategy=none", "--data.num_workers=0"]
-WORDS += ["--evaluation.exact_match_per_task=null", "--model.coba.warmup_steps=10"]
+WORDS += ["--evaluation.exact_match_per_task=null"]
 
 
-class Clock(L.Callback):
-    """Seconds of parts of every step; a step's end is the next one's beginning."""
+class Clock:
+    """Seconds of every step, of the balancer's hook in it, and of the forward passes in that."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, list[float]] = defaultdict(list)
-        self._before = 0.0
-        self._balancing = False
+        self.begins: list[float] = []
+        self.hooks: list[float] = []
+        self.forwards: list[float] = []
+        self._in_hook = False
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        now = time.perf_counter()
-        if self._before:
-            self.parts["step"].append(now - self._before)
-        self._before = now
+    def step(self, *given: Any) -> Any:
+        self.begins.append(time.perf_counter())
+        return STEP(*given)
 
-    def timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        """``method`` with its time added to ``name``; forward passes count inside of a balancer's hook alone."""
+    def hook(self, *given: Any) -> None:
+        self.forwards.append(0.0)
+        self._in_hook = True
+        start = time.perf_counter()
+        HOOK(*given)
+        self.hooks.append(time.perf_counter() - start)
+        self._in_hook = False
 
-        def call(*given: Any, **named: Any) -> Any:
-            if name == "forward" and not self._balancing:
-                return method(*given, **named)
-            start, self._balancing = time.perf_counter(), True
-            result = method(*given, **named)
-            self.parts[name].append(time.perf_counter() - start)
-            self._balancing = name == "forward"
-            return result
-
-        return call
+    def forward(self, *given: Any) -> Any:
+        start = time.perf_counter()
+        result = FORWARD(*given)
+        if self._in_hook:
+            self.forwards[-1] += time.perf_counter() - start
+        return result
 
 
-def measure(mode: str, steps: int) -> dict[str, float]:
-    """Median seconds of a step and its parts."""
-    clock, hook, forward, setup = Clock(), Balancing.on_train_batch_end, SupervisedLM.forward, Balancing.setup
-    Balancing.on_train_batch_end = clock.timed("balancer", hook)  # type: ignore[method-assign]
-    SupervisedLM.forward = clock.timed("forward", forward)  # type: ignore[method-assign]
-    Balancing.on_train_batch_start = lambda _, *given: clock.on_train_batch_start(*given)  # type: ignore[method-assign]
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            words = [word for word in WORDS if mode == "coba" or "coba" not in word]
-            words += [f"--model.weighted_loss_mode={mode}", f"--trainer.max_steps={steps}"]
-            if run([*words, f"--output_dir={Path(directory) / 'run'}"]):
-                raise SystemExit(1)
-    finally:
-        Balancing.on_train_batch_end, SupervisedLM.forward = hook, forward  # type: ignore[method-assign]
-        Balancing.setup = setup  # type: ignore[method-assign]
-    return {name: median(values) for name, values in clock.parts.items()}
+STEP, HOOK, FORWARD = MFTModule.training_step, Balancing.on_train_batch_end, SupervisedLM.forward
+
+
+def measure(mode: str, steps: int) -> list[float]:
+    """Median milliseconds of a step, of the balancer, and of its forward passes."""
+    clock = Clock()
+    words = [*WORDS, f"--model.weighted_loss_mode={mode}", f"--trainer.max_steps={steps}"]
+    words += ["--model.coba.warmup_steps=10"] if mode == "coba" else []
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        patch.object(MFTModule, "training_step", lambda *given: clock.step(*given)),
+        patch.object(Balancing, "on_train_batch_end", lambda *given: clock.hook(*given)),
+        patch.object(SupervisedLM, "forward", lambda *given: clock.forward(*given)),
+    ):
+        if run([*words, f"--output_dir={Path(directory) / 'run'}"]):
+            raise SystemExit(1)
+    whole = [later - earlier for earlier, later in zip(clock.begins, clock.begins[1:], strict=False)]
+    return [1000 * median(values) for values in (whole, clock.hooks, clock.forwards)]
 
 
 def main() -> None:
@@ -77,12 +77,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args().steps
     found = {mode: measure(mode, steps) for mode in ("famo", "coba")}
-    print("\nbalancer  step ms  balancer ms  share  its forward ms  beyond it ms  share")
-    for mode, parts in found.items():
-        step, balancer, forward = (1000 * parts.get(name, 0.0) for name in ("step", "balancer", "forward"))
+    print("\nbalancer  step ms  balancer ms  share of it  forward ms  balancer beyond it ms  share")
+    for mode, (step, balancer, forward) in found.items():
         beyond = balancer - forward
         print(
-            f"{mode:8}  {step:7.1f}  {balancer:11.3f}  {balancer / step:5.2%}  {forward:14.3f}  {beyond:12.3f}  "
+            f"{mode:8}  {step:7.1f}  {balancer:11.2f}  {balancer / step:11.2%}  {forward:10.2f}  {beyond:21.2f}  "
             f"{beyond / step:5.2%}"
         )
 
