@@ -121,10 +121,11 @@ class _LinearHeadLoss(torch.autograd.Function):
                 if slope.every is not None:
                     gradient.add_(slope.every)
                 _accumulate(made, part, gradient, inputs, matrix)
+                del logits, gradient  # before the next chunk has its own
         as_given = (hidden.dtype, weight.dtype, weight.dtype)
         ctx.made = [None if one is None else one.to(dtype) for one, dtype in zip(made, as_given, strict=True)]
         ctx.mark_non_differentiable(nll, correct)
-        loss = (factors * value).sum()
+        loss = (factors * value).sum(dtype=torch.float64).to(reduced)
         return (loss if ctx.unit is None else loss * ctx.unit), nll, correct
 
     @staticmethod

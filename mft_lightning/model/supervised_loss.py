@@ -15,7 +15,7 @@ from mft_lightning.model.head_loss import head_loss
 from mft_lightning.model.objective import Objective
 
 # bytes of float32 logits that may stand in memory at once, by device (benchmarks/head_loss.py)
-LOGIT_BUDGETS = {"cpu": 64 * 2**20}
+LOGIT_BUDGETS = {"cpu": 128 * 2**20}
 LOGIT_BUDGET = 512 * 2**20  # of all others, not yet run on a GPU
 
 
