@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -242,7 +243,13 @@ class MFTModule(L.LightningModule):
         return self._micro_loss(last, batch, result)
 
     def _micro_loss(self, micro: MicroBatch, batch: StepBatch, result: StepResult) -> Tensor:
-        factors = coefficients(
+        output = self._network(micro, partial(self._factors, batch))
+        result.add(micro, output)
+        return telling(output.loss) * self.trainer.world_size
+
+    def _factors(self, batch: StepBatch, micro: MicroBatch) -> Tensor:
+        """What each conversation of a micro-batch counts in its step, ``float64 [C]``."""
+        return coefficients(
             "case3" if self.balancer.learns else self.weighted_loss_mode,
             tasks=micro.tasks,
             n_supervised=micro.n_supervised,
@@ -250,9 +257,6 @@ class MFTModule(L.LightningModule):
             task_supervised=batch.task_supervised,
             weights=self.balancer.weights.to(self.device),
         )
-        output = self._network(micro, factors)
-        result.add(micro, output)
-        return telling(output.loss) * self.trainer.world_size
 
     @property
     def _network(self) -> SupervisedLM:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -64,16 +65,22 @@ class SupervisedLM(nn.Module):
         inner = self.model.get_base_model() if has_adapters(self.model) else self.model
         return cast(PreTrainedModel, inner)
 
-    def forward(self, micro: MicroBatch, factors: Tensor | None = None) -> SupervisedNLL:
-        """Losses of a micro-batch; ``factors``, ``[C]``, are what each conversation's summed objective counts: 1."""
+    def forward(self, micro: MicroBatch, weigh: Callable[[MicroBatch], Tensor] | None = None) -> SupervisedNLL:
+        """Losses of a micro-batch.
+
+        Args:
+            micro: the conversations.
+            weigh: tells what each conversation's summed objective counts, ``[C]``; 1 if it is left out. A function,
+                because a tensor would be rounded by wrappers that cast what a module is given to half precision.
+        """
         hidden = self.hidden_states(micro)
         conversations = len(micro.tasks)
         if not len(micro.targets):  # a rank without work
             loss = _no_loss(self._head(hidden))
             return SupervisedNLL(loss, loss.new_zeros(conversations), micro.tasks.new_zeros(conversations))
         chosen = hidden.flatten(0, 1)[micro.predictors]
-        each = torch.ones_like(micro.tasks, dtype=torch.float32) if factors is None else factors
-        per_token = each[micro.conversation]
+        factors = torch.ones_like(micro.tasks, dtype=torch.float32) if weigh is None else weigh(micro)
+        per_token = factors[micro.conversation]
         losses = head_loss(self._head, chosen, micro.targets, per_token, self.objective, self._rows(hidden.device))
         return SupervisedNLL(
             losses.loss,
