@@ -104,4 +104,5 @@ def _squares(gradient: Tensor) -> Tensor:
     even = len(flat) // BLOCK * BLOCK
     kind = torch.promote_types(flat.dtype, torch.float32)
     blocks = torch.linalg.vector_norm(flat[:even].view(-1, BLOCK), dim=1, dtype=kind)
-    return blocks.double().square().sum() + flat[even:].double().square().sum()
+    rest = torch.linalg.vector_norm(flat[even:], dtype=kind)  # as a block: what overflows there does so here
+    return blocks.double().square().sum() + rest.double().square()

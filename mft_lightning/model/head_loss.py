@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mft_lightning.model.objective import Objective
 
+# the largest factor in float16: far above its smallest number, 6e-8, and a chunk's sum far below its largest, 65504
+HALF_LARGEST = 1 / 16
+
 
 class TokenLosses(NamedTuple):
     """Of ``P`` supervised tokens.
@@ -96,8 +99,10 @@ class _LinearHeadLoss(torch.autograd.Function):
         ]
         factors = factors.to(reduced)
         ctx.unit = None
-        if dtype == torch.float16:  # in which factors of one in thousands leave nothing of a gradient
-            ctx.unit = factors.abs().amax().clamp_min(torch.finfo(reduced).tiny)
+        if (
+            dtype == torch.float16
+        ):  # in which factors of one in thousands leave nothing of a gradient, and sums overflow
+            ctx.unit = factors.abs().amax().clamp_min(torch.finfo(reduced).tiny) / HALF_LARGEST
             factors = factors / ctx.unit
         nll = torch.empty(len(targets), dtype=reduced, device=hidden.device)
         value, correct = torch.empty_like(nll), torch.empty_like(targets)

@@ -42,6 +42,8 @@ def check_assumptions(network: SupervisedLM, *, packed: bool) -> None:
         row = network.logits(_row(*conversations)) if packed else None
     model.train(training)
     kind = model.config.model_type
+    if not all(bool(logits.isfinite().all()) for logits in alone):
+        raise UserError("model.pretrained_model_path: the model's logits are not finite; its weights are damaged.")
     if not _equal(headed, alone[0]):
         raise UserError(f"model.model_type: the logits of {kind} are not its head's output alone; it is not supported.")
     if not _equal(alone[2], alone[0][:BEGINNING]):

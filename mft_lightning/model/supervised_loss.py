@@ -15,7 +15,7 @@ from mft_lightning.model.attention import packed_row_arguments
 from mft_lightning.model.head_loss import head_loss
 from mft_lightning.model.objective import Objective
 
-# bytes of float32 logits that may stand in memory at once, by device (benchmarks/head_loss.py)
+# bytes of a chunk's float32 logits, by device (benchmarks/head_loss.py)
 LOGIT_BUDGETS = {"cpu": 128 * 2**20}
 LOGIT_BUDGET = 512 * 2**20  # of all others, not yet run on a GPU
 
@@ -39,13 +39,13 @@ class SupervisedNLL(NamedTuple):
 class SupervisedLM(nn.Module):
     """A causal language model whose forward gives the loss of supervised tokens.
 
-    The head sees the hidden states that predict a supervised token and no others, in chunks whose logits stay within
-    ``logit_budget`` bytes, so that peak memory grows with neither vocabulary times length nor the batch.
+    The head sees the hidden states that predict a supervised token and no others, in chunks of ``logit_budget`` bytes
+    of logits; a loss needs up to a few times that, whatever the vocabulary, the length and the batch.
 
     Args:
         model: a transformers causal LM, or one wrapped by peft.
         objective: what is minimised of a token.
-        logit_budget: bytes of float32 logits in memory at once. Default: by the device.
+        logit_budget: bytes of a chunk's float32 logits. Default: by the device.
     """
 
     def __init__(

@@ -28,7 +28,8 @@ def check_balancing(module: MFTModule, datamodule: MFTDataModule) -> None:
     if missing := [name for name, count in zip(datamodule.task_names, counts, strict=True) if not count]:
         raise UserError(
             f"model.weighted_loss_mode: coba looks at validation losses, but there is no conversation to validate "
-            f"{', '.join(missing)} on. Give data.data_split a larger share, or use case3 or famo."
+            f"{', '.join(missing)} on. Give data.data_split a larger share or data.valid_data_paths a directory "
+            "of it, or use case3 or famo."
         )
 
 

@@ -86,8 +86,8 @@ class StepLogging(L.Callback):
             metrics |= {f"train/weight/{n}": w for n, w in zip(names, module.balancer.weights.tolist(), strict=True)}
         metrics["train/lr"] = result.learning_rate
         metrics["train/grad_norm"] = result.grad_norm
-        if self.skipped.total:
-            metrics["train/skipped_steps"] = self.skipped.total
+        if total := self.skipped.total + result.skipped:  # this step is counted when it is logged
+            metrics["train/skipped_steps"] = total
         metrics["train/tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
         self._tokens, self._since = 0, now
         return metrics

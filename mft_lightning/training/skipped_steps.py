@@ -67,8 +67,8 @@ class SkippedSteps(L.Callback):
         if self.in_a_row >= module.max_skipped_steps:
             raise UserError(
                 f"step {trainer.global_step}: this is skipped step {self.in_a_row} in a row (model.max_skipped_steps). "
-                f"Lower model.learning_rate or look at the conversations in {shown(self.file)}; then go on from an "
-                "earlier checkpoint with --ckpt_path."
+                f"Look at the conversations in {shown(self.file)}, or lower model.learning_rate; then start anew, or "
+                "go on from an earlier checkpoint with --ckpt_path."
             )
 
     def _tell(self, step: int, conversations: list[dict[str, Any]]) -> None:

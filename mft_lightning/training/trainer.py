@@ -126,7 +126,7 @@ def fit_trainer(
     callbacks += [timer] if timer is not None else []
     callbacks += [*_listed(keys.get("callbacks")), *extra_callbacks]
     skipped = SkippedSteps(output_dir / SKIPPED_STEPS)
-    callbacks += [skipped, StepLogging(keys["log_every_n_steps"], skipped), Balancing(checkpoint_io.module.coba)]
+    callbacks += [StepLogging(keys["log_every_n_steps"], skipped), skipped, Balancing(checkpoint_io.module.coba)]
     if checkpoint_io.module.source.init == "random":
         callbacks.append(RandomBase(output_dir / "base"))
     if settings.early_stopping.patience != -1:

@@ -1,7 +1,8 @@
 """CoBa, the convergence balancer: all tasks' validation losses are to converge at an even pace.
 
 Gong et al., https://arxiv.org/abs/2410.06741, with the final softmax and floor of their code. Guarded are slopes that
-are all zero and a divergence factor above 1.
+are all zero and a divergence factor above 1. And that factor looks at slopes above zero only: by the formula as it is
+printed, a curve that flattens looks like one that rises, and the task that converges slowest loses for good.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class CobaSettings:
     Args:
         warmup_steps: optimizer steps of equal weights.
         history_length: validation losses that a slope is fitted to, and slopes that one is compared with.
-        tau: temperature of the divergence factor.
+        tau: how sharply a loss that rises is answered.
         update_interval: optimizer steps between updates.
         sample_valid_num: validation batches per update.
         conversations_per_task: of each task in a validation batch, over all devices.
@@ -68,7 +69,7 @@ class Coba(Balancer):
         nothing = torch.empty(tasks, 0, dtype=torch.float64)
         self.first = nothing
         self.losses, self.slopes = nothing, nothing  # ``[K, at most history_length]``, the latest last
-        self.steepest = nothing[0]  # the largest slope of any task, since the warm-up, ``[updates]``
+        self.steepest = nothing[0]  # the largest slope of any task, of every update since the warm-up, ``[updates]``
 
     def batches_due(self, step: int) -> int:
         return self.settings.sample_valid_num if step % self.settings.update_interval == 0 else 0
@@ -92,14 +93,13 @@ class Coba(Balancer):
         self.weights = tasks * _at_least((tasks * mixed).softmax(0), FLOOR / tasks)
 
     def divergence_factor(self) -> float:
-        """From 1, while the task that converges slowest goes on as it did, down to 0, where it diverges."""
+        """From 1, while no loss rises, down to 0, where one rises as fast as the slowest of them used to fall."""
         updates = len(self.steepest)
-        now = (-self.settings.tau * _share(self.steepest, updates)).softmax(0)[-1]
-        return min(1.0, updates * float(now))
+        rising = _share(self.steepest, updates).clamp_min(0)
+        return min(1.0, updates * float((-self.settings.tau * rising).softmax(0)[-1]))
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("weights", "first", "losses", "slopes", "steepest")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("weights", "first", "losses", "slopes", "steepest")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.state_dict():

@@ -39,7 +39,8 @@ class FamoSettings:
 class Famo(Balancer):
     """``w_k`` in proportion to ``softmax(xi)_k / loss_k``; a task that falls slower than the others gains.
 
-    A task that was absent from a step has neither won nor lost in it; its last known loss stands.
+    A task that was absent from a step neither wins nor loses in it, and its last known loss stands. When it comes
+    again, what it has fallen by is taken per step.
 
     Args:
         tasks: how many there are.
@@ -52,20 +53,24 @@ class Famo(Balancer):
         super().__init__(tasks)
         self.logits = torch.zeros(tasks, dtype=torch.float64)
         self.losses = torch.full((tasks,), torch.nan, dtype=torch.float64)  # the last known
+        self.ages = torch.ones(tasks, dtype=torch.float64)  # steps since then
         self._optimizer = torch.optim.Adam([self.logits], settings.learning_rate, weight_decay=settings.weight_decay)
         self._settings = settings
 
     def after_step(self, step: int, train: Tensor, valid: Tensor | None = None) -> None:
         now = train.clamp_min(LEAST)
-        fallen = (self.losses.log() - now.log()).nan_to_num(0.0)
-        shares = self.logits.softmax(0)
-        if fallen.any():
-            self.logits.grad = shares * (fallen - (shares * fallen).sum())  # the softmax's Jacobian times `fallen`
+        fallen = (self.losses.log() - now.log()) / self.ages
+        compared = ~fallen.isnan()
+        shares = torch.where(compared, self.logits.softmax(0), 0.0)
+        if compared.sum() > 1:
+            fallen = fallen.nan_to_num(0.0)
+            # the softmax's Jacobian times `fallen`, among the tasks that are compared
+            self.logits.grad = shares * (fallen - (shares * fallen).sum() / shares.sum())
             self._optimizer.step()
-            shares = self.logits.softmax(0)
         self.losses = torch.where(now.isnan(), self.losses, now)
+        self.ages = torch.where(now.isnan(), self.ages + 1, 1.0)
         if not self.losses.isnan().any():
-            scaled = shares / self.losses
+            scaled = self.logits.softmax(0) / self.losses
             self.weights = scaled / scaled.mean()
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,11 +78,12 @@ class Famo(Balancer):
             "weights": self.weights,
             "logits": self.logits.clone(),
             "losses": self.losses,
+            "ages": self.ages,
             "moments": self._optimizer.state_dict()["state"],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.weights, self.losses = state["weights"], state["losses"]
+        self.weights, self.losses, self.ages = state["weights"], state["losses"], state["ages"]
         self.logits.copy_(state["logits"])
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})

@@ -170,6 +170,7 @@ def test_so_many_in_a_row_end_the_run(
     message = capsys.readouterr().err
     assert "step 5: this is skipped step 2 in a row (model.max_skipped_steps)" in message
     assert "skipped_steps.jsonl" in message and "Traceback" not in message
+    assert metrics(tmp_path / "run")[-1]["train/skipped_steps"] == "2"  # told of the last one too
     kept = checkpoints(tmp_path / "run")
     assert kept == ([] if resumed else ["step-00000001", "step-00000002", "step-00000003", "step-00000004"])
     for name in kept:

@@ -65,3 +65,11 @@ def test_a_finite_loss_is_left_alone() -> None:
     loss = torch.tensor(3.0, requires_grad=True)
     telling(loss).backward()
     assert telling(loss) == loss and loss.grad == 1
+
+
+@pytest.mark.parametrize("size", [3, BLOCK, BLOCK + 3])
+def test_a_gradient_whose_squares_overflow_is_dropped_too(size: int) -> None:
+    """AdamW would keep their infinite sum for good."""
+    parameter = nn.Parameter(torch.zeros(size))
+    parameter.grad = torch.full((size,), 1e21)
+    assert clip_gradients(nn.Module(), [parameter], None) == math.inf and parameter.grad is None

@@ -62,6 +62,14 @@ def test_a_head_or_a_direction_of_its_own_is_refused(model: PreTrainedModel, mes
         check_assumptions(SupervisedLM(model), packed=False)
 
 
+def test_weights_that_are_no_numbers_are_told_as_such() -> None:
+    model = small(LlamaForCausalLM, LlamaConfig, **LLAMA)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = torch.nan
+    with pytest.raises(UserError, match=r"model\.pretrained_model_path: the model's logits are not finite"):
+        check_assumptions(SupervisedLM(model), packed=False)
+
+
 def test_packing_is_refused_where_conversations_would_see_each_other() -> None:
     opt = small(OPTForCausalLM, OPTConfig, **SMALL, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)
     check_assumptions(SupervisedLM(opt), packed=False)

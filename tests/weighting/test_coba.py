@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def softmax(values: np.ndarray) -> np.ndarray:
 
 
 def of_the_paper(curves: list[list[float]], warmup: int, history: int, tau: float) -> np.ndarray:
-    """The weights after the last of the losses, formula by formula, before the floor."""
+    """The weights after the last of the losses, formula by formula, before the floor; slopes below 0 do not diverge."""
     losses = np.array(curves) / np.array(curves[0])
     tasks, slopes = losses.shape[1], []
     for step in range(max(warmup, 2), len(losses) + 1):
@@ -50,7 +51,8 @@ def of_the_paper(curves: list[list[float]], warmup: int, history: int, tau: floa
     recent = alpha[-history:]
     absolute = softmax(-len(recent) * recent[-1] / np.abs(recent).sum(0))
     steepest, updates = alpha.max(1), len(alpha)
-    factor = min(1.0, updates * softmax(-tau * updates * steepest / np.abs(steepest).sum())[-1])
+    rising = np.maximum(updates * steepest / np.abs(steepest).sum(), 0)
+    factor = min(1.0, updates * softmax(-tau * rising)[-1])
     return tasks * softmax(tasks * (factor * relative + (1 - factor) * absolute))
 
 
@@ -89,6 +91,25 @@ def test_a_task_that_overfits_loses() -> None:
     balancer = run(coba(), curves + rising)
     assert balancer.weights[2] < before and balancer.weights[2] == balancer.weights.min()
     assert balancer.divergence_factor() < 0.01
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        lambda step: [2.5 + 0.5 * math.exp(-step / 60), 3 - 1.25e-3 * step],
+        lambda step: [0.5 + 3 * math.exp(-step / 600), 0.5 + 3 * math.exp(-step / 100)],
+        lambda step: [(step + 1) ** -0.15, (step + 1) ** -0.5],
+    ],
+    ids=["flat and steady", "exponentials", "power laws"],
+)
+def test_the_one_that_converges_slower_gains_on_curves_that_flatten(curve: Callable[[int], list[float]]) -> None:
+    """With the defaults, over a thousand steps; noise of validation batches included."""
+    generator = np.random.default_rng(0)
+    curves = [[loss + 0.002 * generator.standard_normal() for loss in curve(step)] for step in range(400)]
+    balancer = run(Coba(2, CobaSettings()), curves)
+    slopes = balancer.slopes[:, -1]
+    assert balancer.weights[slopes.argmax()] > 1.05
+    assert balancer.divergence_factor() > 0.5
 
 
 def test_differences_of_scale_do_not_matter() -> None:

@@ -30,7 +30,7 @@ def test_it_is_the_algorithm_of_the_paper(steps: list[list[float]]) -> None:
     ours, logits = famo(3), torch.zeros(3, dtype=torch.float64, requires_grad=True)
     adam = torch.optim.Adam([logits], lr=0.025, weight_decay=0.001)
     for number, now in enumerate(steps):
-        if number and steps[number - 1] != now:
+        if number:
             fallen = losses(*steps[number - 1]).log() - losses(*now).log()
             (logits.grad,) = torch.autograd.grad(logits.softmax(0), logits, grad_outputs=fallen)
             adam.step()
@@ -84,6 +84,14 @@ def test_an_absent_task_keeps_its_last_loss() -> None:
     balancer.after_step(3, losses(math.nan, 2.0))
     assert balancer.losses.tolist() == [4.0, 2.0] and torch.equal(balancer.logits, before)
     assert balancer.weights[1] == 2 * balancer.weights[0]
+
+
+def test_a_task_that_comes_seldom_but_falls_alike_stays_alike() -> None:
+    balancer, now = famo(weight_decay=0.0), 2.0
+    for step in range(1, 200):
+        balancer.after_step(step, losses(now, now if step % 10 == 1 else math.nan))
+        now *= 0.99
+        torch.testing.assert_close(balancer.logits, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_a_loss_of_nothing_leaves_finite_weights() -> None:
