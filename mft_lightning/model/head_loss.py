@@ -99,9 +99,7 @@ class _LinearHeadLoss(torch.autograd.Function):
         ]
         factors = factors.to(reduced)
         ctx.unit = None
-        if (
-            dtype == torch.float16
-        ):  # in which factors of one in thousands leave nothing of a gradient, and sums overflow
+        if dtype == torch.float16:  # in which a factor of one in thousands leaves nothing of a gradient
             ctx.unit = factors.abs().amax().clamp_min(torch.finfo(reduced).tiny) / HALF_LARGEST
             factors = factors / ctx.unit
         nll = torch.empty(len(targets), dtype=reduced, device=hidden.device)
