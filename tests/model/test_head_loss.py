@@ -113,7 +113,7 @@ def test_a_head_that_is_watched_is_called() -> None:
     assert seen[:4] == [4, 4, 4, 1]
 
 
-@pytest.mark.parametrize(("trains", "reaches"), itertools.product([True, False], repeat=2))
+@pytest.mark.parametrize(("trains", "reaches"), [*itertools.product([True, False], repeat=2)])
 def test_what_does_not_train_gets_no_gradient(trains: bool, reaches: bool) -> None:
     given_ = case()
     given_[0].requires_grad_(trains)
