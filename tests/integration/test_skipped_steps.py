@@ -75,7 +75,9 @@ def batch_of(arguments: list[str], number: int, layout: str) -> tuple[list[tuple
     return sorted(map(named, batch.tolist())), named(mine[0][0])
 
 
-def check(run: Path, what: str, batches: dict[int, tuple[list[tuple[str, str]], tuple[str, str]]]) -> None:
+def assert_nothing_is_left(
+    run: Path, what: str, batches: dict[int, tuple[list[tuple[str, str]], tuple[str, str]]]
+) -> None:
     """Nothing of a skipped step is left but its row and its line."""
     first, last = FAULTS
     assert same_weights(step(run, first - 1), step(run, last))
@@ -106,7 +108,9 @@ def test_a_skipped_step_changes_neither_weights_nor_optimizer(
     fit_arguments: Arguments, one_process: Path, tmp_path: Path, name: str
 ) -> None:
     arguments = fit_arguments(tmp_path, *spoilt(RUNS[name][1], "one"), config=RUNS[name][0])
-    check(one_process / name, RUNS[name][1], {number: batch_of(arguments, number, "one") for number in FAULTS})
+    assert_nothing_is_left(
+        one_process / name, RUNS[name][1], {number: batch_of(arguments, number, "one") for number in FAULTS}
+    )
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
@@ -121,7 +125,7 @@ def test_all_ranks_skip_together(fit_arguments: Arguments, one_process: Path, tm
         printed.count("step 5 skipped: the gradient is not finite, though the losses of its 16 conversations are") == 1
     )
     for (name, (_, what)), line in zip(RUNS.items(), lines, strict=True):
-        check(tmp_path / name, what, {number: batch_of(line[1:], number, layout) for number in FAULTS})
+        assert_nothing_is_left(tmp_path / name, what, {number: batch_of(line[1:], number, layout) for number in FAULTS})
         assert apart(weights(step(tmp_path / name, STEPS)), weights(step(one_process / name, STEPS))) < 1e-9
 
 
@@ -141,7 +145,7 @@ def test_so_they_do_under_strategies_by_class_path(
     in_series(2, lines, tmp_path, script)
     for name, (_, what) in RUNS.items():
         arguments = fit_arguments(tmp_path, *spoilt(what, "ddp"), config=RUNS[name][0])
-        check(tmp_path / name, what, {number: batch_of(arguments, number, "ddp") for number in FAULTS})
+        assert_nothing_is_left(tmp_path / name, what, {number: batch_of(arguments, number, "ddp") for number in FAULTS})
 
 
 @pytest.mark.parametrize("name", RUNS)
