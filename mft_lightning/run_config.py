@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from mft_lightning.aside import written_aside
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.key_errors import instantiate, parse
@@ -123,7 +124,8 @@ class RunConfig(LightningCLI):
         config = self.config.clone()
         config.output_dir, config.ckpt_path = str(self.output_dir), None
         keys = json.loads(self.parser.dump(config, format="json", skip_unset=False, skip_link_targets=True))
-        file.write_text(as_yaml(keys), encoding="utf-8")
+        with written_aside(file) as aside:
+            aside.write_text(as_yaml(keys), encoding="utf-8")
 
 
 def _seed(value: bool | int) -> int:

@@ -13,6 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from mft_lightning import ranks
+from mft_lightning.aside import written_aside
 from mft_lightning.commands.outcome import run_summary, task_results
 from mft_lightning.commands.report import SKIPPED, run_plan
 from mft_lightning.data.datamodule import MFTDataModule
@@ -54,14 +55,9 @@ def _write_skipped(datamodule: MFTDataModule, file: Path) -> None:
     file.unlink(missing_ok=True)
     if not any(report.bad for corpus in datamodule.corpora for report in corpus.reports):
         return
-    aside = file.with_name(f".{file.name}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as handle:
-            for corpus in datamodule.corpora:
-                handle.writelines(f"{json_line(record)}\n" for record in corpus.skipped())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(file) as aside, aside.open("w", encoding="utf-8") as handle:
+        for corpus in datamodule.corpora:
+            handle.writelines(f"{json_line(record)}\n" for record in corpus.skipped())
 
 
 def fit(argv: list[str]) -> None:

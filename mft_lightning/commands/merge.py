@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser
 
+from mft_lightning.aside import written_aside
 from mft_lightning.commands.loading import DTYPES, load_model
 from mft_lightning.errors import UserError
 from mft_lightning.key_errors import parse
@@ -40,16 +41,13 @@ def merge(argv: list[str]) -> None:
     merged: Any = loaded.model.merge_and_unload()
     if options.dtype != "auto":
         merged = merged.to(getattr(torch, options.dtype))
-    aside = output.with_name(f".{output.name}.tmp")
     try:
-        aside.mkdir(parents=True, exist_ok=True)
-        save_causal_lm(merged, merged.state_dict(), aside)
-        loaded.tokenizer.save_pretrained(aside)
-        if (adapter / METADATA).is_file():  # how it was trained; it holds what the prompt's encoder needs to know
-            shutil.copyfile(adapter / METADATA, aside / METADATA)
-        aside.rename(output)
+        with written_aside(output) as aside:
+            aside.mkdir()
+            save_causal_lm(merged, merged.state_dict(), aside)
+            loaded.tokenizer.save_pretrained(aside)
+            if (adapter / METADATA).is_file():  # how it was trained; it holds what the prompt's encoder needs to know
+                shutil.copyfile(adapter / METADATA, aside / METADATA)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error}).") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     print(f"merged model: {output} ({str(merged.dtype).removeprefix('torch.')})")

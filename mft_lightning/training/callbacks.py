@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
+from mft_lightning.aside import written_aside
 from mft_lightning.errors import UserError
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.export import base_state, save_causal_lm
@@ -149,9 +149,7 @@ class RandomBase(L.Callback):
         written = (self.directory / "config.json").is_file()
         if written or not trainer.is_global_zero or not has_adapters(network.model):
             return
-        aside = self.directory.with_name(f".{self.directory.name}.tmp")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        save_causal_lm(network.causal_lm, base_state(network.model), aside)
-        module.datamodule.tokenizer.save_pretrained(aside)
-        aside.rename(self.directory)
+        with written_aside(self.directory) as aside:
+            aside.mkdir()
+            save_causal_lm(network.causal_lm, base_state(network.model), aside)
+            module.datamodule.tokenizer.save_pretrained(aside)

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import distributed as dist
 
+from mft_lightning.aside import written_aside
 from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.screen import json_line, printable, shown
@@ -51,9 +52,8 @@ class SkippedSteps(L.Callback):
             lines = self.file.read_text(encoding="utf-8").splitlines(keepends=True)
             whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
             kept = [line for line in whole if json.loads(line)["step"] <= trainer.global_step]
-            aside = self.file.with_name(f".{self.file.name}.tmp")
-            aside.write_text("".join(kept), encoding="utf-8")
-            aside.replace(self.file)
+            with written_aside(self.file) as aside:
+                aside.write_text("".join(kept), encoding="utf-8")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         module = cast(MFTModule, pl_module)

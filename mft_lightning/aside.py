@@ -1,0 +1,82 @@
+"""Files and directories that come to be whole or not at all: written aside, synced to the disk, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+UNFINISHED = ".unfinished"  # ends the name of what is being written or removed; a killed process leaves it
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Where to write what is to stand at ``path``: nothing is there until the block has ended without an error.
+
+    Args:
+        path: a file, which is replaced, or a directory, which must not be there yet. Missing parents are made.
+
+    Yields:
+        A path beside it, on which nothing is; the block makes a file or a directory there.
+
+    Raises:
+        OSError: it cannot be written, synced or renamed. ``path`` is as it was, and nothing is left beside it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(path)
+    _remove(aside)
+    try:
+        yield aside
+        _sync_tree(aside)
+        aside.replace(path)
+    except BaseException:
+        _remove(aside)
+        raise
+    sync(path.parent)
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory so that a part of it never stands under its name."""
+    aside = _aside(path)
+    _remove(aside)
+    path.rename(aside)
+    _remove(aside)
+
+
+def remove_unfinished(directory: Path, names: str = "*") -> None:
+    """Remove what a killed process left in the middle of writing or removing what is called like ``names``."""
+    for remains in directory.glob(f".{names}{UNFINISHED}"):
+        _remove(remains)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{UNFINISHED}")
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_dir():
+        for entry in path.iterdir():
+            _sync_tree(entry)
+    sync(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
