@@ -69,6 +69,8 @@ def _aside(path: Path) -> Path:
 
 
 def _sync_tree(path: Path) -> None:
+    if path.is_symlink():
+        return
     if path.is_dir():
         for entry in path.iterdir():
             _sync_tree(entry)

@@ -22,16 +22,12 @@ from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import duration, json_line, say
 from mft_lightning.training.balancing import check_balancing
-from mft_lightning.training.checkpoint import SUPERSEDED
-from mft_lightning.training.checkpoint_dirs import (
-    CheckpointInfo,
-    check_same_run,
-    find_checkpoints,
-    resolve_checkpoint,
-)
+from mft_lightning.training.checkpoint_choice import check_same_run, find_checkpoints, resolve_checkpoint
+from mft_lightning.training.checkpoint_dirs import CheckpointInfo, is_named
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.exact_match import ExactMatch, check_exact_match
+from mft_lightning.training.retention import SUPERSEDED
 from mft_lightning.training.signals import GracefulStop
 from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import fit_trainer
@@ -175,7 +171,7 @@ def _resumed(config: RunConfig) -> CheckpointInfo | None:
     given: Any = config.config.ckpt_path
     resumed = None
     if given is not None:
-        resumed = resolve_checkpoint(given, output_dir, checkpoint.monitor, checkpoint.mode)
+        resumed = resolve_checkpoint(given, output_dir, checkpoint.monitor, checkpoint.mode, to_resume=True)
         if resumed is None:
             print(f"--ckpt_path last: no checkpoint in {output_dir} yet; starting at step 0.", flush=True)
         own = (output_dir.resolve(), (output_dir / SUPERSEDED).resolve())
@@ -192,9 +188,8 @@ def _resumed(config: RunConfig) -> CheckpointInfo | None:
 
 
 def _holds_run(directory: Path) -> bool:
-    return bool(find_checkpoints(directory)) or any(
-        (directory / name).exists() for name in ("config.yaml", "metrics.csv", SKIPPED, "runs", "base")
-    )
+    names = ("config.yaml", "metrics.csv", SKIPPED, "runs", "base")
+    return any((directory / name).exists() for name in names) or any(map(is_named, directory.glob("step-*")))
 
 
 def _check_writable(directory: Path) -> None:

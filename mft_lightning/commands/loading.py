@@ -16,7 +16,7 @@ from mft_lightning.data.tokenizer import load_tokenizer
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.build import adapter_base, is_adapter
 from mft_lightning.model.export import adapter_dtype, base_digest
-from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata
+from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -46,7 +46,10 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
         raise UserError(f"{key} {directory}: is no directory. Give a checkpoint, like OUTPUT_DIR/step-00000100.")
     if not is_adapter(directory) and not (directory / "config.json").is_file():
         raise UserError(f"{key} {directory}: holds no model. Give a checkpoint, like OUTPUT_DIR/step-00000100.")
-    metadata = read_metadata(directory) if (directory / METADATA).is_file() else None
+    metadata = None
+    if (directory / METADATA).is_file():
+        verify_weights(directory)
+        metadata = read_metadata(directory)
     if is_adapter(directory):
         model = _with_adapter(directory, key, base, metadata)
         model = model if dtype == "auto" else model.to(getattr(torch, dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from mft_lightning.key_errors import parse
 from mft_lightning.model.build import is_adapter
 from mft_lightning.model.export import save_causal_lm
 from mft_lightning.quiet import quieten
-from mft_lightning.training.checkpoint_dirs import METADATA
+from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, write_metadata
 
 
 def merge(argv: list[str]) -> None:
@@ -47,7 +46,7 @@ def merge(argv: list[str]) -> None:
             save_causal_lm(merged, merged.state_dict(), aside)
             loaded.tokenizer.save_pretrained(aside)
             if (adapter / METADATA).is_file():  # how it was trained; it holds what the prompt's encoder needs to know
-                shutil.copyfile(adapter / METADATA, aside / METADATA)
+                write_metadata(aside, read_metadata(adapter))
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written ({error}).") from error
     print(f"merged model: {output} ({str(merged.dtype).removeprefix('torch.')})")

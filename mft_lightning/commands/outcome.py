@@ -13,7 +13,8 @@ from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.model.build import is_adapter
 from mft_lightning.screen import Grid, labelled, program, shown
 from mft_lightning.training.checkpoint import CheckpointSettings
-from mft_lightning.training.checkpoint_dirs import CheckpointInfo, find_best, find_checkpoints
+from mft_lightning.training.checkpoint_choice import find_best, find_checkpoints
+from mft_lightning.training.checkpoint_dirs import CheckpointInfo
 
 COLUMNS = (
     "task",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,29 +30,39 @@ def trained_names(model: nn.Module) -> set[str]:
     return set(model.state_dict())
 
 
-def save_model(model: nn.Module, state: dict[str, Tensor], directory: Path) -> None:
-    """Write ``state`` as ``from_pretrained`` or ``PeftModel.from_pretrained`` reads it, through a twin without storage.
+class ModelWriter:
+    """Writes states of a model as ``from_pretrained`` or ``PeftModel.from_pretrained`` reads them.
 
-    The live model may have been wrapped or renamed by a sharding strategy, and the names in the file follow the class
-    (transformers) or the modules (peft).
+    Through a twin without storage: the live model may have been wrapped or renamed by a sharding strategy, and the
+    names in the file follow the class (transformers) or the modules (peft). Made once; any thread may then write.
 
     Args:
         model: the live model, for its configuration.
-        state: tensors by the live model's names.
-        directory: an existing folder.
     """
-    if has_adapters(model):
-        _adapter_twin(model).save_pretrained(str(directory), state_dict=state, save_embedding_layers=False)
+
+    def __init__(self, model: nn.Module) -> None:
+        self._adapted: PeftModel | None = None
+        if has_adapters(model):
+            self._adapted = _adapter_twin(model)
+            return
+        assert isinstance(model, PreTrainedModel)
+        self._whole = _twin(model)
+
+    def __call__(self, state: dict[str, Tensor], directory: Path) -> None:
+        """Write ``state``, tensors by the live model's names, into an existing directory."""
+        if self._adapted is None:
+            _save_through(self._whole, state, directory)
+            return
+        self._adapted.save_pretrained(str(directory), state_dict=state, save_embedding_layers=False)
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        return
-    assert isinstance(model, PreTrainedModel)
-    save_causal_lm(model, state, directory)
 
 
 def save_causal_lm(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
-    """Write ``state`` as ``from_pretrained`` reads it, through a twin like :func:`save_model`, in the live dtype."""
-    twin = _twin(model)
-    twin.generation_config = model.generation_config
+    """Write ``state`` as ``from_pretrained`` reads it, in the live dtype; see :class:`ModelWriter`."""
+    _save_through(_twin(model), state, directory)
+
+
+def _save_through(twin: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
     # gathered one by one, tied weights no longer share the memory by which transformers knows them
     once = {name: tensor for name, tensor in state.items() if name not in twin.all_tied_weights_keys}
     twin.save_pretrained(directory, state_dict=once)
@@ -60,7 +70,9 @@ def save_causal_lm(model: PreTrainedModel, state: dict[str, Tensor], directory: 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+        twin: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
+    twin.generation_config = deepcopy(model.generation_config)  # of the live model, generating changes it
+    return twin
 
 
 def _adapter_twin(model: PeftModel) -> PeftModel:

@@ -118,7 +118,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def gathered_state(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:
-    """Sharded tensors of a state, however deep in it, gathered one after the other into host memory.
+    """The tensors of a state, however deep in it, gathered one after the other into host memory of their own.
 
     Args:
         state: the same keys on every rank.
@@ -131,11 +131,16 @@ def gathered_state(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:
         if isinstance(value, list):
             return [whole(item) for item in value]
         if isinstance(value, Tensor):
-            value = gathered(value.detach())
-            return value.cpu() if keep else value.new_empty(0)
+            full = gathered(value.detach())
+            return full.to("cpu", copy=_memory(full) == _memory(value)) if keep else full.new_empty(0)
         return value
 
     return cast("dict[str, Any]", whole(state))
+
+
+def _memory(tensor: Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()
 
 
 def fill(target: Tensor, whole: Tensor) -> None:

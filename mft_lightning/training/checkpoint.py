@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,17 +10,14 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mft_lightning.errors import NotYetError, UserError
-from mft_lightning.training.checkpoint_dirs import (
-    CheckpointInfo,
-    directory_name,
-    expired,
-    find_best,
-    find_checkpoints,
-)
+from mft_lightning.screen import say
+from mft_lightning.training.background import Background
+from mft_lightning.training.checkpoint_choice import find_checkpoints
+from mft_lightning.training.checkpoint_dirs import CheckpointInfo, directory_name
+from mft_lightning.training.checkpoint_io import HFCheckpointIO, SaveOptions
 from mft_lightning.training.evaluation import Evaluation
+from mft_lightning.training.retention import Retention
 from mft_lightning.training.stages import is_epoch_end, is_run_end
-
-SUPERSEDED = "superseded"
 
 
 @dataclass(kw_only=True)
@@ -35,7 +31,8 @@ class CheckpointSettings:
         extra_save_by_epoch: save at every epoch's end too; those are never rotated.
         monitor: the validation metric that decides the best.
         mode: whether less or more of it is better.
-        trainer_state: "all" lets every kept checkpoint resume. "latest" is not supported yet.
+        trainer_state: "all" lets every kept checkpoint resume; "latest" keeps the optimizer's state, of twice the size
+            of the weights that train, in the latest alone, the only one that resumes.
         sharded: not supported yet.
     """
 
@@ -53,8 +50,6 @@ class CheckpointSettings:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"checkpoint.{key}: {value} is less than 1.")
-        if self.trainer_state == "latest":
-            raise NotYetError("checkpoint.trainer_state", "latest", "Use all.")
         if self.sharded:
             raise NotYetError("checkpoint.sharded", True, "Leave it out.")
 
@@ -68,33 +63,43 @@ class CheckpointSettings:
 class HFModelCheckpoint(ModelCheckpoint):
     """A ModelCheckpoint whose checkpoints are directories that know their own step, metrics and kind.
 
-    It saves at a step's end, after the validation of that step if there is one (see :class:`Evaluation`), and reads
-    which to keep from the directories themselves, so that a resumed run remembers what its earlier part found.
+    It saves at a step's end, after the validation of that step if there is one (see :class:`Evaluation`). Training
+    waits for a copy of what is saved; rank 0 writes it, and removes what is no longer kept, while training goes on.
+    Which to keep is read from the directories themselves, so that a resumed run remembers what its earlier part found.
     """
 
     FILE_EXTENSION = ""
 
-    def __init__(self, settings: CheckpointSettings, output_dir: Path, evaluation: Evaluation | None) -> None:
+    def __init__(
+        self,
+        settings: CheckpointSettings,
+        output_dir: Path,
+        evaluation: Evaluation | None,
+        checkpoint_io: HFCheckpointIO,
+    ) -> None:
         super().__init__(dirpath=output_dir, filename=directory_name(0), save_top_k=-1, every_n_train_steps=1)
         self.settings, self.output_dir, self.evaluation = settings, output_dir, evaluation
+        self.checkpoint_io = checkpoint_io
         self.monitor = settings.monitor if evaluation else None
         self.mode = settings.mode
+        self.retention = Retention(
+            output_dir, settings.save_total_limit, self.monitor, settings.mode, settings.trainer_state
+        )
         self.saved_step = -1
+        self._background = Background()
+        self._latest: CheckpointInfo | None = None  # which may still be in the making
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nothing: the directory is known, and that it is in use was checked before."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Clear what a killed save left, and move aside checkpoints of steps that will now be taken again."""
         if trainer.is_global_zero:
-            for remains in self.output_dir.glob(".step-*"):
-                shutil.rmtree(remains)
-            for info in find_checkpoints(self.output_dir):
-                if info.step > trainer.global_step:
-                    _supersede(info, self.output_dir / SUPERSEDED)
+            self.checkpoint_io.prepare()
+            self.retention.begin(trainer.global_step)
         self._remember(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._background.raise_error()
         if self.saved_step != trainer.global_step and (self.settings.due(trainer) or self._is_new_best(trainer)):
             self._save(trainer)
 
@@ -105,7 +110,18 @@ class HFModelCheckpoint(ModelCheckpoint):
         """Nothing: an epoch's checkpoint is saved at the end of its last step."""
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: the last step has been saved."""
+        """The last step has been saved, or is being saved."""
+        self._background.wait()
+        self._remember(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """An error does not cost the checkpoint that is being written; a second Ctrl-C waits for nothing."""
+        if isinstance(exception, KeyboardInterrupt):
+            return
+        try:
+            self._background.wait()
+        except UserError as error:
+            say(f"note: {error}")
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -122,36 +138,34 @@ class HFModelCheckpoint(ModelCheckpoint):
         if self.monitor is None or self.monitor not in metrics:
             return False
         here = CheckpointInfo(Path(), trainer.global_step, metrics=metrics)
-        best = trainer.is_global_zero and find_best(
-            [*find_checkpoints(self.output_dir), here], self.monitor, self.settings.mode
-        )
+        best = trainer.is_global_zero and self.retention.best([*self._known(), here])
         return trainer.strategy.broadcast(best is here)
 
+    def _known(self) -> list[CheckpointInfo]:
+        """The checkpoints that are there, and the one that will be."""
+        found = find_checkpoints(self.output_dir)
+        coming = self._latest is not None and all(info.step != self._latest.step for info in found)
+        return [*found, self._latest] if self._latest is not None and coming else found
+
     def _save(self, trainer: L.Trainer) -> None:
-        path = self.output_dir / directory_name(trainer.global_step)
-        metadata = {
-            "epoch_end": self.settings.extra_save_by_epoch and is_epoch_end(trainer),
-            "metrics": self._metrics(trainer),
-        }
-        trainer.save_checkpoint(path, weights_only=False, storage_options=metadata)
-        self.saved_step = self._last_global_step_saved = trainer.global_step
-        if trainer.is_global_zero:
-            kept = find_checkpoints(self.output_dir)
-            for info in expired(kept, self.settings.save_total_limit, self.monitor, self.settings.mode):
-                trainer.strategy.remove_checkpoint(info.path)
-        self._remember(trainer)
+        self._background.wait()  # for the memory of the one before, which is as large
+        step = trainer.global_step
+        path = self.output_dir / directory_name(step)
+        options = SaveOptions(
+            epoch_end=self.settings.extra_save_by_epoch and is_epoch_end(trainer),
+            metrics=self._metrics(trainer),
+            background=self._background,
+            afterwards=self.retention.apply,
+        )
+        for logger in trainer.loggers:
+            logger.save()  # else a kill after the checkpoint could take points that come before it
+        self._latest = CheckpointInfo(path, step, options.epoch_end, options.metrics)
+        trainer.save_checkpoint(path, weights_only=False, storage_options=options)
+        self.saved_step = self._last_global_step_saved = step
 
     def _remember(self, trainer: L.Trainer) -> None:
         """What users of ModelCheckpoint look at: the paths of the latest and the best, as rank 0 sees them."""
         checkpoints = trainer.strategy.broadcast(find_checkpoints(self.output_dir) if trainer.is_global_zero else [])
         self.last_model_path = str(checkpoints[-1].path) if checkpoints else ""
-        best = find_best(checkpoints, self.monitor, self.settings.mode) if self.monitor else None
+        best = self.retention.best(checkpoints)
         self.best_model_path = str(best.path) if best else ""
-
-
-def _supersede(info: CheckpointInfo, directory: Path) -> None:
-    directory.mkdir(exist_ok=True)
-    target = directory / info.path.name
-    if target.exists():
-        shutil.rmtree(target)
-    info.path.rename(target)

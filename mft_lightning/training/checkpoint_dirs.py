@@ -1,18 +1,24 @@
-"""The checkpoints of an output directory, read from what each says of itself in ``checkpoint.json``."""
+"""One checkpoint directory: what it says of itself in ``checkpoint.json``, and whether it is as it was written."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mft_lightning.errors import UserError
+from mft_lightning.screen import shown
 
 METADATA, TRAINER_STATE = "checkpoint.json", "trainer.pt"
-FORMAT_VERSION = 1
-FIELDS = {"step": int, "epoch_end": bool, "metrics": dict, "fingerprint": dict, "chat_format": dict}
+FORMAT_VERSION = 2
+FIELDS = {"step": int, "epoch_end": bool, "metrics": dict, "fingerprint": dict, "chat_format": dict, "files": dict}
+
+
+class OtherFormatError(UserError):
+    """A checkpoint of another version of this program, as whole as it may be."""
 
 
 @dataclass(frozen=True)
@@ -24,115 +30,127 @@ class CheckpointInfo:
         step: optimizer steps done.
         epoch_end: saved for an epoch's end, never rotated.
         metrics: of the validation at this very step; empty where there was none.
+        resumable: whether the trainer's state is there too.
     """
 
     path: Path
     step: int
     epoch_end: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
+    resumable: bool = True
 
 
 def directory_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def is_named(directory: Path) -> bool:
+    """Whether a directory is called as a checkpoint is."""
+    return directory.name.removeprefix("step-").isdigit() and directory.name.startswith("step-")
+
+
+def write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
+    """Write ``checkpoint.json``, with the size and the SHA-256 of every file that is in ``directory`` by now.
+
+    Args:
+        directory: with everything else that belongs to the checkpoint.
+        metadata: what else there is to say of it.
+    """
+    paths = [file for file in sorted(directory.rglob("*")) if file.is_file() and file != directory / METADATA]
+    files = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
+        for path, checksum in zip(paths, _checksums(paths), strict=True)
+    }
+    write_description(directory / METADATA, {**metadata, "files": files})
+
+
+def write_description(file: Path, metadata: dict[str, Any]) -> None:
+    """``metadata`` with the checksum of its own words, as JSON for the eye."""
+    said = {key: value for key, value in metadata.items() if key != "sha256"}
+    file.write_text(json.dumps({**said, "sha256": _checksum_of(said)}, indent=2) + "\n", encoding="utf-8")
+
+
 def read_metadata(directory: Path) -> dict[str, Any]:
     """``checkpoint.json`` of a checkpoint.
 
     Raises:
-        UserError: it is missing, damaged or of a format this version does not know.
+        OtherFormatError: its format is not the one this version reads.
+        UserError: it is missing or damaged.
     """
     file = directory / METADATA
     try:
-        metadata = json.loads(file.read_text())
+        metadata = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{directory}: is no checkpoint ({METADATA}: {error}).") from error
+        raise UserError(f"{shown(directory)}: is no checkpoint ({METADATA}: {error}).") from error
     if not isinstance(metadata, dict):
-        raise UserError(f"{file}: is no checkpoint's description.")
-    if metadata.get("format") != FORMAT_VERSION:
-        raise UserError(
-            f"{file}: format {metadata.get('format')!r} is not {FORMAT_VERSION}, the one this version reads."
+        raise UserError(f"{shown(file)}: is no checkpoint's description.")
+    if (version := metadata.get("format")) != FORMAT_VERSION:
+        raise OtherFormatError(
+            f"{shown(file)}: format {version!r} is not {FORMAT_VERSION}, the one this version reads. Use the version "
+            "of mft_lightning that wrote it."
         )
     wrong = [key for key, kind in FIELDS.items() if not isinstance(metadata.get(key), kind)]
     if wrong:
-        raise UserError(f"{file}: is damaged ({', '.join(wrong)}).")
+        raise UserError(f"{shown(file)}: is damaged ({', '.join(wrong)}).")
+    if metadata.pop("sha256", None) != _checksum_of(metadata):
+        raise UserError(f"{shown(file)}: is damaged: it is not as it was written (SHA-256).")
     return metadata
 
 
 def read_checkpoint(directory: Path) -> CheckpointInfo:
-    """What a checkpoint directory says of itself; raises as :func:`read_metadata` does."""
+    """What a checkpoint directory says of itself, if all its files are there in their sizes.
+
+    Raises:
+        UserError: it is not whole, or as :func:`read_metadata` does.
+    """
     metadata = read_metadata(directory)
-    return CheckpointInfo(directory, metadata["step"], metadata["epoch_end"], metadata["metrics"])
+    for name, written in metadata["files"].items():
+        file = directory / name
+        if not file.is_file():
+            raise UserError(f"{shown(directory)}: is damaged: {name} is missing.")
+        if (size := file.stat().st_size) != written["bytes"]:
+            raise UserError(f"{shown(directory)}: is damaged: {name} has {size:,} bytes of {written['bytes']:,}.")
+    return CheckpointInfo(
+        directory, metadata["step"], metadata["epoch_end"], metadata["metrics"], TRAINER_STATE in metadata["files"]
+    )
 
 
-def find_checkpoints(output_dir: Path) -> list[CheckpointInfo]:
-    """All checkpoints of a run, by step; what else one keeps beside them under such a name is not looked at."""
-    directories = [file.parent for file in output_dir.glob(f"step-*/{METADATA}")]
-    found = [read_checkpoint(path) for path in directories if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda info: info.step)
-
-
-def find_best(checkpoints: list[CheckpointInfo], monitor: str, mode: Literal["min", "max"]) -> CheckpointInfo | None:
-    """The checkpoint with the best ``monitor``, the earlier of equals; None where none was validated."""
-    sign = 1 if mode == "min" else -1
-    validated = [info for info in checkpoints if math.isfinite(info.metrics.get(monitor, math.nan))]
-    return min(validated, key=lambda info: (sign * info.metrics[monitor], info.step), default=None)
-
-
-def expired(
-    checkpoints: list[CheckpointInfo], limit: int | None, monitor: str | None, mode: Literal["min", "max"]
-) -> list[CheckpointInfo]:
-    """The step checkpoints beyond ``limit``: kept are the latest, the best, then the most recent ones.
-
-    Checkpoints of an epoch's end are kept without counting.
-    """
-    if limit is None:
-        return []
-    rotating = [info for info in checkpoints if not info.epoch_end]
-    by_recency = sorted(rotating, key=lambda info: -info.step)
-    best = find_best(checkpoints, monitor, mode) if monitor else None
-    if best in rotating and limit > 1:
-        by_recency.remove(best)
-        by_recency.insert(1 if by_recency and by_recency[0].step > best.step else 0, best)
-    return by_recency[limit:]
-
-
-def check_same_run(directory: Path, now: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint whose run was made from something else.
-
-    Args:
-        directory: the checkpoint.
-        now: what decides this run, by key; only these are compared with what the checkpoint has of them.
+def verify(directory: Path) -> CheckpointInfo:
+    """:func:`read_checkpoint`, if every byte is the one that was written.
 
     Raises:
-        UserError: naming each key that differs, and its two values.
+        UserError: naming the file that is not.
     """
-    saved = read_metadata(directory)["fingerprint"]
-    if changed := [key for key in now if saved.get(key) != now[key]]:
-        what = "; ".join(f"{key} was {saved.get(key)!r}, is {now[key]!r}" for key in changed)
-        raise UserError(f"--ckpt_path: {directory.name} belongs to another run: {what}. Set them back.")
+    info = read_checkpoint(directory)
+    _verify_files(directory, "")
+    return info
 
 
-def resolve_checkpoint(
-    ckpt_path: str, output_dir: Path, monitor: str, mode: Literal["min", "max"]
-) -> CheckpointInfo | None:
-    """The checkpoint that ``--ckpt_path`` names: a directory, ``best``, or ``last``.
+def verify_weights(directory: Path) -> None:
+    """Raise :class:`UserError` if the weights are not those that were written; other files are for the user to edit."""
+    _verify_files(directory, ".safetensors")
 
-    Returns:
-        None for ``last`` in a directory that holds no checkpoint: the run starts at step 0.
 
-    Raises:
-        UserError: no such checkpoint.
-    """
-    if ckpt_path == "last":
-        checkpoints = find_checkpoints(output_dir)
-        return checkpoints[-1] if checkpoints else None
-    if ckpt_path == "best":
-        best = find_best(find_checkpoints(output_dir), monitor, mode)
-        if best is None:
-            raise UserError(f"--ckpt_path best: no checkpoint in {output_dir} has been validated by {monitor}.")
-        return best
-    directory = Path(ckpt_path).expanduser()
-    if not directory.is_dir():
-        raise UserError(f"--ckpt_path {ckpt_path}: is no directory. Give last, best or a checkpoint directory.")
-    return read_checkpoint(directory.resolve())
+def _verify_files(directory: Path, suffix: str) -> None:
+    written = {name: of for name, of in read_metadata(directory)["files"].items() if name.endswith(suffix)}
+    try:
+        found = _checksums([directory / name for name in written])
+    except OSError as error:
+        raise UserError(f"{shown(directory)}: is damaged: {error}.") from error
+    for name, checksum in zip(written, found, strict=True):
+        if checksum != written[name]["sha256"]:
+            raise UserError(f"{shown(directory)}: is damaged: {name} is not as it was written (SHA-256).")
+
+
+def _checksums(files: list[Path]) -> list[str]:
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(_checksum, files))
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _checksum_of(metadata: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()

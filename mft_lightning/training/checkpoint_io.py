@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,44 @@ import lightning as L
 import torch
 import transformers
 from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors import SafetensorError
 
 import mft_lightning
+from mft_lightning.aside import remove_directory, written_aside
 from mft_lightning.errors import UserError, first_line
-from mft_lightning.model.export import load_state, save_model
+from mft_lightning.model.export import ModelWriter, load_state
 from mft_lightning.model.module import NETWORK, MFTModule
-from mft_lightning.training.checkpoint_dirs import FORMAT_VERSION, METADATA, TRAINER_STATE, read_metadata
+from mft_lightning.screen import shown
+from mft_lightning.training.background import Background
+from mft_lightning.training.checkpoint_choice import STATE_DROPPED
+from mft_lightning.training.checkpoint_dirs import (
+    FORMAT_VERSION,
+    METADATA,
+    TRAINER_STATE,
+    read_checkpoint,
+    write_metadata,
+)
 
 # what Lightning needs of its dictionary to go on
 TRAINER_KEYS = {"global_step", "epoch", "loops", "callbacks", "optimizer_states", "lr_schedulers"}
 TRAINER_KEYS |= {"pytorch-lightning_version"}
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """How one checkpoint is saved.
+
+    Args:
+        epoch_end: it is kept for being an epoch's end.
+        metrics: of the validation at its step.
+        background: what writes it while training goes on; None writes it before returning.
+        afterwards: called when it is in place, by whoever wrote it.
+    """
+
+    epoch_end: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    background: Background | None = None
+    afterwards: Callable[[], None] = lambda: None
 
 
 class HFCheckpointIO(CheckpointIO):
@@ -37,40 +66,63 @@ class HFCheckpointIO(CheckpointIO):
     def __init__(self, module: MFTModule) -> None:
         self.module = module
         self._preloaded: dict[Path, dict[str, Any]] = {}
+        self._write_model: ModelWriter | None = None
+        self._unchanging: dict[str, bytes] = {}  # files that are the same in every checkpoint
 
     def preload(self, path: Path) -> None:
         """Load a checkpoint ahead of the run, so that one that cannot be loaded stops it before anything is written."""
         self._preloaded[path] = self.load_checkpoint(path)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` (Lightning's dictionary) as the directory ``path``.
+    def prepare(self) -> None:
+        """Make what every checkpoint needs, once, on the thread that trains and before it does.
+
+        transformers sets the default dtype of all threads for a moment when it makes a model, and asking the live model
+        changes its generation config and its tokenizer for as long as it answers.
+        """
+        if self._write_model is not None:
+            return
+        network = self.module.network
+        assert network is not None
+        self._write_model = ModelWriter(network.model)
+        with tempfile.TemporaryDirectory() as folder:
+            self.module.datamodule.tokenizer.save_pretrained(folder)
+            network.causal_lm.generation_config.save_pretrained(folder)
+            self._unchanging = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: SaveOptions | None = None
+    ) -> None:
+        """Write ``checkpoint`` (Lightning's dictionary) as the directory ``path``; an existing one is replaced.
 
         Args:
             checkpoint: its ``state_dict`` goes to safetensors, the rest to ``trainer.pt``.
-            path: the new directory; an existing one is replaced.
-            storage_options: ``epoch_end`` and ``metrics`` for ``checkpoint.json``.
+            path: the new directory.
+            storage_options: what else is known of it, and whether to write it beside the training. Default: at once.
+
+        Raises:
+            UserError: it cannot be written. What was there before is as it was.
         """
-        path = Path(path)
-        aside = path.parent / f".{path.name}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        network = self.module.network
-        assert network is not None
-        state = {name.removeprefix(NETWORK): value for name, value in checkpoint["state_dict"].items()}
-        save_model(network.model, state, aside)
-        datamodule = self.module.datamodule
-        datamodule.tokenizer.save_pretrained(aside)
-        network.causal_lm.generation_config.save_pretrained(aside)
-        torch.save({key: value for key, value in checkpoint.items() if key != "state_dict"}, aside / TRAINER_STATE)
-        metadata = {
+        options = storage_options or SaveOptions()
+        metadata = self._metadata(checkpoint, options)
+        self.prepare()
+        if options.background is None:
+            self._write(checkpoint, Path(path), metadata, options)
+        else:
+            copied = _in_own_memory(checkpoint, gathered=getattr(self.module.trainer.strategy, "gathers", False))
+            options.background.start(partial(self._write, copied, Path(path), metadata, options))
+
+    def _metadata(self, checkpoint: dict[str, Any], options: SaveOptions) -> dict[str, Any]:
+        datamodule, trainer = self.module.datamodule, self.module.trainer
+        return {
             "format": FORMAT_VERSION,
             "step": checkpoint["global_step"],
             "epoch": checkpoint["epoch"],
-            "epoch_end": False,
-            "metrics": {},
+            "epoch_end": options.epoch_end,
+            "metrics": options.metrics,
             "tasks": datamodule.task_names,
             "fingerprint": self.module.fingerprint(datamodule),
             "chat_format": {"normalize_punctuation": datamodule.chat_format.normalize_punctuation},
+            "processes": trainer.world_size,
             "versions": {
                 "mft_lightning": mft_lightning.__version__,
                 "torch": torch.__version__,
@@ -78,12 +130,32 @@ class HFCheckpointIO(CheckpointIO):
                 "transformers": transformers.__version__,
                 "peft": version("peft"),
             },
-            **(storage_options or {}),
         }
-        (aside / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
-        for file in aside.iterdir():
-            _sync(file)
-        _put_in_place(aside, path)
+
+    def _write(self, checkpoint: dict[str, Any], path: Path, metadata: dict[str, Any], options: SaveOptions) -> None:
+        assert self._write_model is not None
+        state = {name.removeprefix(NETWORK): value for name, value in checkpoint["state_dict"].items()}
+        try:
+            if path.exists():
+                remove_directory(path)
+            with written_aside(path) as aside:
+                aside.mkdir()
+                self._write_model(state, aside)
+                for name, contents in self._unchanging.items():
+                    (aside / name).write_bytes(contents)
+                trainer_state = {key: value for key, value in checkpoint.items() if key != "state_dict"}
+                torch.save(trainer_state, aside / TRAINER_STATE)
+                write_metadata(aside, metadata)
+            options.afterwards()
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for a full disk
+            raise UserError(
+                f"{shown(path)}: the checkpoint cannot be written ({first_line(error)}). Those before it are whole; "
+                "free some space or mend the directory, then go on with --ckpt_path last."
+            ) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -92,9 +164,9 @@ class HFCheckpointIO(CheckpointIO):
         path = Path(path)
         if path in self._preloaded:
             return self._preloaded.pop(path)
-        read_metadata(path)
-        if not (path / TRAINER_STATE).is_file():
-            raise UserError(f"{path}: holds no {TRAINER_STATE}, so a run cannot go on from it.")
+        info = read_checkpoint(path)
+        if not info.resumable:
+            raise UserError(f"{path}: {STATE_DROPPED}")
         assert self.module.network is not None
         try:
             checkpoint = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
@@ -103,30 +175,30 @@ class HFCheckpointIO(CheckpointIO):
         if not isinstance(checkpoint, dict) or (missing := TRAINER_KEYS - checkpoint.keys()):
             what = f"lacks {', '.join(sorted(missing))}" if isinstance(checkpoint, dict) else "is no dictionary"
             raise UserError(f"{path / TRAINER_STATE}: is damaged ({what}).")
-        if checkpoint["global_step"] != read_metadata(path)["step"]:
+        if checkpoint["global_step"] != info.step:
             raise UserError(f"{path}: {TRAINER_STATE} is of step {checkpoint['global_step']}, {METADATA} of another.")
         state = load_state(self.module.network.model, path)
         checkpoint["state_dict"] = {NETWORK + name: value for name, value in state.items()}
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        shutil.rmtree(path)
+        remove_directory(Path(path))
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _in_own_memory(checkpoint: dict[str, Any], *, gathered: bool) -> dict[str, Any]:
+    """A checkpoint that training no longer changes: its tensors copied into host memory.
+
+    Args:
+        checkpoint: Lightning's dictionary.
+        gathered: whether the strategy has put the weights and the optimizer's state into memory of their own already.
+    """
+    own = {"state_dict", "optimizer_states"} if gathered else set()
+    return {key: value if key in own else _copied(value) for key, value in checkpoint.items()}
 
 
-def _put_in_place(aside: Path, path: Path) -> None:
-    if path.exists():
-        replaced = path.parent / f".{path.name}.replaced"
-        path.rename(replaced)
-        aside.rename(path)
-        shutil.rmtree(replaced)
-    else:
-        aside.rename(path)
-    _sync(path.parent)
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return type(value)(map(_copied, value)) if isinstance(value, (list, tuple)) else value

@@ -63,6 +63,7 @@ class ShardedStrategy(LaunchedStrategy, ModelParallelStrategy):
     """
 
     short_name = "fsdp"
+    gathers = True  # the states below are in memory of their own
 
     def __init__(self, settings: ParallelSettings, precision: str, command: Sequence[str]) -> None:
         super().__init__(process_group_backend=ranks.backend())

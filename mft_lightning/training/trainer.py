@@ -134,7 +134,7 @@ def fit_trainer(
     if evaluation is not None:
         callbacks.append(evaluation)
     callbacks += _exact_match(settings)
-    callbacks.append(HFModelCheckpoint(settings.checkpoint, output_dir, evaluation))
+    callbacks.append(HFModelCheckpoint(settings.checkpoint, output_dir, evaluation, checkpoint_io))
     loggers: Any = keys.get("logger")
     if loggers in (None, True):
         loggers = [

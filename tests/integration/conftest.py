@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mft_lightning.cli import main
+from mft_lightning.training.checkpoint_dirs import read_metadata, write_metadata
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("text_to_code", "code_explanation", "unit_tests")
@@ -121,6 +122,11 @@ def metrics(output_dir: Path) -> list[dict[str, str]]:
     """The rows of ``metrics.csv`` without what depends on the clock."""
     with (output_dir / "metrics.csv").open(newline="") as handle:
         return [{key: value for key, value in row.items() if key != TIMED} for row in csv.DictReader(handle)]
+
+
+def written_again(checkpoint: Path) -> None:
+    """Let a checkpoint that was changed say that it was written so."""
+    write_metadata(checkpoint, read_metadata(checkpoint))
 
 
 def checkpoints(output_dir: Path) -> list[str]:

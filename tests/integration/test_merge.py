@@ -229,8 +229,8 @@ def test_what_is_no_whole_adapter_is_refused(
     expected = {
         "missing": "is no directory",
         "empty": "holds no model",
-        "no weights": "cannot be read",
-        "damaged weights": "cannot be read",
+        "no weights": "No such file",
+        "damaged weights": "is not as it was written (SHA-256)",
         "no base": "trained on /no/such/base, which is not there",
     }
     message = refuse(adapter=broken)

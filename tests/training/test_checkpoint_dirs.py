@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,15 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mft_lightning.errors import UserError
-from mft_lightning.training.checkpoint_dirs import (
-    CheckpointInfo,
+from mft_lightning.training.checkpoint_choice import (
     check_same_run,
-    directory_name,
-    expired,
     find_best,
     find_checkpoints,
     resolve_checkpoint,
 )
+from mft_lightning.training.checkpoint_dirs import CheckpointInfo, directory_name, write_metadata
+from mft_lightning.training.retention import expired
 
 FINGERPRINT = {"seed_everything": 42, "data.data_paths (tasks)": ["a", "b"], "frozen base (digest)": None}
 
@@ -31,9 +29,10 @@ def write(output_dir: Path, step: int, loss: float | None = None) -> None:
     directory = output_dir / directory_name(step)
     directory.mkdir(parents=True)
     metrics = {} if loss is None else {"val/loss": loss}
-    metadata = {"format": 1, "step": step, "epoch_end": False, "metrics": metrics, "fingerprint": FINGERPRINT}
+    metadata = {"format": 2, "step": step, "epoch_end": False, "metrics": metrics, "fingerprint": FINGERPRINT}
     metadata["chat_format"] = {"normalize_punctuation": False}
-    (directory / "checkpoint.json").write_text(json.dumps(metadata))
+    (directory / "trainer.pt").touch()
+    write_metadata(directory, metadata)
 
 
 def steps(checkpoints: list[CheckpointInfo]) -> list[int]:
@@ -104,12 +103,12 @@ def test_last_without_a_checkpoint_starts_anew_and_others_are_errors(tmp_path: P
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 10)
     file = tmp_path / directory_name(10) / "checkpoint.json"
-    file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
+    file.write_text(file.read_text().replace('"format": 2', '"format": 99'))
     with pytest.raises(UserError, match="format 99"):
         resolve_checkpoint("last", tmp_path, "val/loss", "min")
 
 
-@pytest.mark.parametrize("content", ["[]", "{", "null", '{"format": 1', '{"format": 1}', '{"format": 1, "step": "10"}'])
+@pytest.mark.parametrize("content", ["[]", "{", "null", '{"format": 2', '{"format": 2}', '{"format": 2, "step": "10"}'])
 def test_a_damaged_description_is_no_checkpoint(tmp_path: Path, content: str) -> None:
     write(tmp_path, 10)
     (tmp_path / directory_name(10) / "checkpoint.json").write_text(content)
