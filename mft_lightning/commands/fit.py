@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.exact_match import ExactMatch, check_exact_match
 from mft_lightning.training.retention import SUPERSEDED
+from mft_lightning.training.run_lock import only_run_in
 from mft_lightning.training.signals import GracefulStop
 from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import fit_trainer
@@ -60,10 +62,14 @@ def fit(argv: list[str]) -> None:
     """Check everything that can be wrong first, then train; nothing is written before."""
     quieten()
     config = RunConfig(argv, "fit")
-    keys = config.trainer_config
-    module, datamodule, settings = config.model, config.datamodule, config.settings
     _check_writable(config.output_dir)
     _check_writable(config.tensorboard_dir)
+    with only_run_in(config.output_dir) if ranks.is_first() else nullcontext():
+        _fit(config)
+
+
+def _fit(config: RunConfig) -> None:
+    keys, module, datamodule, settings = config.trainer_config, config.model, config.datamodule, config.settings
     resumed = _resumed(config)
     module.check(datamodule)
     with ranks.first_before_others("data"):

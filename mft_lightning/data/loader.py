@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -11,6 +12,15 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mft_lightning.data.collate import MicroBatch, StepBatch, collate, collate_step
 from mft_lightning.data.plan import Plan
 from mft_lightning.data.token_table import TokenTable
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """What a loader's worker does with signals that end a run in order: nothing, for its batches are needed until then.
+
+    torchrun and SLURM send them to every process there is. A worker ends with its loader, or with its parent.
+    """
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class TrainSteps(Dataset[StepBatch]):
@@ -78,6 +88,7 @@ class TrainLoader(DataLoader[StepBatch]):
             sampler=self.cursor,
             batch_size=None,
             num_workers=num_workers,
+            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator().manual_seed(0),  # else every `iter` draws from the global RNG
         )
 

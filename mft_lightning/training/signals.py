@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do in a run."""
+"""What SIGTERM, SIGUSR1 and Ctrl-C do in a run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ END = b"\0"  # no signal has this number
 
 
 class GracefulStop(L.Callback):
-    """Turns a SIGTERM or a Ctrl-C into an ordinary end: the step is finished, validated and saved.
+    """Turns a SIGTERM, a SIGUSR1 or a Ctrl-C into an ordinary end: the step is finished, validated and saved.
 
+    SIGUSR1 is what SLURM is told to send some time before it takes a machine away (``--signal=USR1@120``).
     It listens in place of Lightning, which would break off in the middle of a validation, or between a step and its
     checkpoint. A second Ctrl-C does break off, even while this rank waits for one that hangs.
 
@@ -69,8 +70,8 @@ class GracefulStop(L.Callback):
         self._end_listening()
 
     def _listen(self) -> None:
-        signal.signal(signal.SIGTERM, self._receive)
-        signal.signal(signal.SIGINT, self._receive)
+        for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(signum, self._receive)
         self._interrupts = self._interrupts or Interrupts()
 
     def _end_listening(self) -> None:

@@ -37,7 +37,6 @@ GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
         (("--parallel.find_unused_parameters", "true"), "parallel.find_unused_parameters: is an option of"),
         (("--parallel.tensor_parallel_size", "2"), "parallel.tensor_parallel_size: 2 is not supported yet"),
         (("--checkpoint.sharded", "true"), "checkpoint.sharded: True is not supported yet"),
-        (("--checkpoint.trainer_state", "latest"), "not supported yet"),
         (("--data.padding_mode", "concat"), "data.padding_mode: concat cuts a stream"),
         (("--data.cache_dir", ""), "data.cache_dir: is empty"),
         (("--data.cache_dir", "/dev/null/x"), "data.cache_dir: /dev/null/x/"),

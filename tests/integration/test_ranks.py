@@ -217,11 +217,11 @@ def in_a_terminal(
     """Starts a long run in a group of its own, until it has printed something."""
     started = []
 
-    def start(until: str, *words: str) -> subprocess.Popen[bytes]:
+    def start(until: str, *words: str, launcher: tuple[str, ...] = OWN) -> subprocess.Popen[bytes]:
         log = tmp_path / "printed"
         with log.open("w") as handle:
             process = subprocess.Popen(
-                [*OWN, *arguments("--trainer.max_steps", "100000", *words)],
+                [*launcher, *arguments("--trainer.max_steps", "100000", *words)],
                 cwd=ROOT,
                 env=user_environment(),
                 stdout=handle,
@@ -294,6 +294,31 @@ def test_one_ctrl_c_is_one_though_workers_hear_it_too(
     interrupt(process)
     assert rest(process) == ENDING
     assert "stopped by SIGINT" in (tmp_path / "printed").read_text()
+    assert checkpoints(tmp_path / "run") == ["step-00000003"]
+
+
+def test_preemption_saves_though_workers_hear_it_too(
+    in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    """SLURM's warning goes to every process; a worker that ended by it would take the run with it."""
+    alone = ("--trainer.strategy", "auto", "--trainer.devices", "1", "--data.num_workers", "2")
+    process = in_a_terminal("step 1/", *alone, *fault("pause", 0))
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGUSR1)
+    assert (process.wait(SOON), process.stderr.read()) == (128 + signal.SIGUSR1, b"")
+    printed = (tmp_path / "printed").read_text()
+    assert "stopped by SIGUSR1" in printed and "go on" in printed
+    assert checkpoints(tmp_path / "run") == ["step-00000003"]
+
+
+def test_torchrun_passes_sigterm_on_and_the_run_saves(
+    in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    process = in_a_terminal("step 1/", "--data.num_workers", "1", *fault("pause", 0), launcher=TORCHRUN)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=SOON)
+    assert "stopped by SIGTERM" in (tmp_path / "printed").read_text()
     assert checkpoints(tmp_path / "run") == ["step-00000003"]
 
 
