@@ -122,7 +122,7 @@ class RunConfig(LightningCLI):
     def save(self, file: Path) -> None:
         """Write all keys of the run as YAML that ``--config`` takes again, with the output directory spelt out."""
         config = self.config.clone()
-        config.output_dir, config.ckpt_path = str(self.output_dir), None
+        config.output_dir, config.ckpt_path, config.checkpoint.allow_changes = str(self.output_dir), None, False
         keys = json.loads(self.parser.dump(config, format="json", skip_unset=False, skip_link_targets=True))
         with written_aside(file) as aside:
             aside.write_text(as_yaml(keys), encoding="utf-8")

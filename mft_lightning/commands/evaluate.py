@@ -8,9 +8,10 @@ from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import say, shown
-from mft_lightning.training.checkpoint_choice import check_same_run, resolve_checkpoint
+from mft_lightning.training.checkpoint_choice import resolve_checkpoint
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.exact_match import ExactMatch, check_exact_match
+from mft_lightning.training.same_run import check_same_run
 from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import evaluation_trainer
 

@@ -23,13 +23,14 @@ from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import duration, json_line, say
 from mft_lightning.training.balancing import check_balancing
-from mft_lightning.training.checkpoint_choice import check_same_run, find_checkpoints, resolve_checkpoint
+from mft_lightning.training.checkpoint_choice import find_checkpoints, resolve_checkpoint
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo, is_named
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.exact_match import ExactMatch, check_exact_match
 from mft_lightning.training.retention import SUPERSEDED
 from mft_lightning.training.run_lock import only_run_in
+from mft_lightning.training.same_run import LOST, changed_layout, check_same_run, set_position
 from mft_lightning.training.signals import GracefulStop
 from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import fit_trainer
@@ -78,9 +79,7 @@ def _fit(config: RunConfig) -> None:
     check_balancing(module, datamodule)
     module.build(datamodule, random_base=str(config.output_dir / "base"))
     checkpoint_io = HFCheckpointIO(module)
-    if resumed is not None:
-        checkpoint_io.preload(resumed.path)
-        check_same_run(resumed.path, module.fingerprint(datamodule))
+    notes = _load(checkpoint_io, resumed.path, config) if resumed is not None else []
     total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])
     if resumed is not None and resumed.step >= total_steps:
         print(
@@ -100,7 +99,9 @@ def _fit(config: RunConfig) -> None:
         extra_callbacks=[stop, WriteConfig(config)],
     )
     plan = run_plan(trainer, module, datamodule, total_steps=total_steps, output_dir=config.output_dir, resumed=resumed)
-    say(*plan)
+    if resumed is not None:
+        notes += changed_layout(resumed.path, trainer.world_size)
+    say(*plan, *notes)
     start = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)
     if ranks.is_first():
@@ -110,6 +111,24 @@ def _fit(config: RunConfig) -> None:
             f"stopped by {stop.received.name}{'' if trainer.global_step < total_steps else ' when all steps were done'}"
         )
         raise SystemExit(128 + stop.received)
+
+
+def _load(checkpoint_io: HFCheckpointIO, path: Path, config: RunConfig) -> list[str]:
+    """Load the checkpoint to go on from, if it is of this run, or may be of another; what to say of that."""
+    module, datamodule = config.model, config.datamodule
+    checkpoint = checkpoint_io.preload(path)
+    may_change = datamodule.fingerprint.keys() if config.settings.checkpoint.allow_changes else ()
+    try:
+        changes = check_same_run(path, module.fingerprint(datamodule), may_change)
+    except UserError as error:
+        if may_change:
+            raise
+        check_same_run(path, module.description)
+        raise UserError(f"{error} Or go on regardless with --checkpoint.allow_changes true. {LOST}") from error
+    if not changes:
+        return []
+    set_position(checkpoint, datamodule.plan.steps_per_epoch)
+    return [f"note: goes on although {'; '.join(changes)}. {LOST}", ""]
 
 
 def _tell_outcome(config: RunConfig, trainer: L.Trainer, total_steps: int, seconds: float) -> None:

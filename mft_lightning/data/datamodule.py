@@ -24,7 +24,7 @@ from mft_lightning.data.task_files import check_files
 from mft_lightning.data.tasks import find_tasks, find_validation_tasks, parse_task_weights
 from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_cache_dir
 from mft_lightning.data.token_table import TokenTable
-from mft_lightning.data.tokenizer import load_tokenizer
+from mft_lightning.data.tokenizer import load_tokenizer, vocabulary_digest
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.shipped import expanded, shipped_example
 
@@ -270,7 +270,7 @@ class MFTDataModule(L.LightningDataModule):
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the global batches, by config key; a checkpoint resumes only on the same."""
+        """What decides the global batches and what is measured, by config key; a run goes on only with the same."""
         table = self.table("train")
         return {
             "data.data_paths (tasks)": self.task_names,
@@ -280,6 +280,8 @@ class MFTDataModule(L.LightningDataModule):
             "seed_everything": self.seed,
             "training conversations": len(table),
             "training tokens (digest)": table.digest,
+            "validation tokens (digest)": self.table("valid").digest,
+            "tokenizer (digest)": vocabulary_digest(self.tokenizer),
         }
 
     def train_dataloader(self) -> TrainLoader:

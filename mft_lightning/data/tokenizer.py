@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -46,3 +48,9 @@ def load_tokenizer(
     tokenizer.pad_token = pad_token
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Tells tokenizers apart that differ in a token, in its number, or in which ones end and pad."""
+    said = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, tokenizer.pad_token]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]

@@ -54,6 +54,7 @@ class ModelWriter:
             _save_through(self._whole, state, directory)
             return
         self._adapted.save_pretrained(str(directory), state_dict=state, save_embedding_layers=False)
+        _open_to_others(directory)
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
 
@@ -66,6 +67,14 @@ def _save_through(twin: PreTrainedModel, state: dict[str, Tensor], directory: Pa
     # gathered one by one, tied weights no longer share the memory by which transformers knows them
     once = {name: tensor for name, tensor in state.items() if name not in twin.all_tied_weights_keys}
     twin.save_pretrained(directory, state_dict=once)
+    _open_to_others(directory)
+
+
+def _open_to_others(directory: Path) -> None:
+    """Give weights the mode that files here have; safetensors keeps what it writes to the owner alone (0.8)."""
+    mode = next(directory.glob("*config.json")).stat().st_mode
+    for file in directory.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:

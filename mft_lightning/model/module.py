@@ -312,15 +312,18 @@ class MFTModule(L.LightningModule):
         """Keep what trains: everything, or the adapter alone."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self.saved_names}
-        checkpoint["balancer"] = {"name": self.balancer.name, **self.balancer.state_dict()}
+        checkpoint["balancer"] = {**self._balanced(), **self.balancer.state_dict()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the weights of the tasks as they were, if the same balancer had moved them."""
+        """Go on with the weights of the tasks as they were, if the same balancer had moved those of the same tasks."""
         state = dict(checkpoint.get("balancer", {}))
-        if state.pop("name", "") == self.balancer.name:
+        if {key: state.pop(key, None) for key in self._balanced()} == self._balanced():
             self.balancer.load_state_dict(state)
         elif self.balancer.learns and ranks.is_first():
-            print(f"weights of tasks: {self.balancer.name} starts anew, which the checkpoint was trained without.")
+            print(f"weights of tasks: {self.balancer.name} starts anew; the checkpoint has none of it for these tasks.")
+
+    def _balanced(self) -> dict[str, Any]:
+        return {"name": self.balancer.name, "tasks": self.datamodule.task_names}
 
     @property
     def weighs_tasks(self) -> bool:

@@ -136,7 +136,7 @@ class EarlyStoppingSettings:
 class RandomBase(L.Callback):
     """Writes the random base of a LoRA run once, for the adapters to name, before a strategy shards it.
 
-    That a resumed run draws the same base is checked by its digest (:func:`check_same_run`), before anything starts.
+    That a resumed run draws the same base is checked by its digest (``same_run.py``), before anything starts.
     """
 
     def __init__(self, directory: Path) -> None:

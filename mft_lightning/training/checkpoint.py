@@ -33,6 +33,8 @@ class CheckpointSettings:
         mode: whether less or more of it is better.
         trainer_state: "all" lets every kept checkpoint resume; "latest" keeps the optimizer's state, of twice the size
             of the weights that train, in the latest alone, the only one that resumes.
+        allow_changes: go on from a checkpoint although data, tokenizer, batch size, sampling or seed are others now.
+            The run says what is lost. It holds for one start, and is not written to config.yaml.
         sharded: not supported yet.
     """
 
@@ -43,6 +45,7 @@ class CheckpointSettings:
     monitor: str = "val/loss"
     mode: Literal["min", "max"] = "min"
     trainer_state: Literal["all", "latest"] = "all"
+    allow_changes: bool = False
     sharded: bool = False
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mft_lightning.errors import UserError
 from mft_lightning.screen import say, shown
@@ -14,7 +14,6 @@ from mft_lightning.training.checkpoint_dirs import (
     OtherFormatError,
     is_named,
     read_checkpoint,
-    read_metadata,
     verify,
 )
 
@@ -125,19 +124,3 @@ def _checked(directory: Path, to_resume: bool) -> CheckpointInfo:
     if to_resume and not info.resumable:
         raise UserError(f"{shown(directory)}: {STATE_DROPPED} Use --ckpt_path last.")
     return info
-
-
-def check_same_run(directory: Path, now: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint whose run was made from something else.
-
-    Args:
-        directory: the checkpoint.
-        now: what decides this run, by key; only these are compared with what the checkpoint has of them.
-
-    Raises:
-        UserError: naming each key that differs, and its two values.
-    """
-    saved = read_metadata(directory)["fingerprint"]
-    if changed := [key for key in now if saved.get(key) != now[key]]:
-        what = "; ".join(f"{key} was {saved.get(key)!r}, is {now[key]!r}" for key in changed)
-        raise UserError(f"--ckpt_path: {directory.name} belongs to another run: {what}. Set them back.")

@@ -14,7 +14,8 @@ from mft_lightning.screen import shown
 
 METADATA, TRAINER_STATE = "checkpoint.json", "trainer.pt"
 FORMAT_VERSION = 2
-FIELDS = {"step": int, "epoch_end": bool, "metrics": dict, "fingerprint": dict, "chat_format": dict, "files": dict}
+FIELDS = {"step": int, "epoch_end": bool, "metrics": dict, "processes": int}
+FIELDS |= dict.fromkeys(("fingerprint", "chat_format", "files"), dict)
 
 
 class OtherFormatError(UserError):

@@ -69,9 +69,14 @@ class HFCheckpointIO(CheckpointIO):
         self._write_model: ModelWriter | None = None
         self._unchanging: dict[str, bytes] = {}  # files that are the same in every checkpoint
 
-    def preload(self, path: Path) -> None:
-        """Load a checkpoint ahead of the run, so that one that cannot be loaded stops it before anything is written."""
+    def preload(self, path: Path) -> dict[str, Any]:
+        """Load a checkpoint ahead of the run, so that one that cannot be loaded stops it before anything is written.
+
+        Returns:
+            What :meth:`load_checkpoint` will give next; it may be changed until then.
+        """
         self._preloaded[path] = self.load_checkpoint(path)
+        return self._preloaded[path]
 
     def prepare(self) -> None:
         """Make what every checkpoint needs, once, on the thread that trains and before it does.

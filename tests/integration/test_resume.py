@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mft_lightning.cli import main
 from mft_lightning.data.splits import parse_shares, split_records
+from mft_lightning.training.same_run import set_position
 from tests.integration.conftest import (
     ROOT,
     checkpoints,
@@ -129,18 +132,53 @@ def test_resuming_something_else_is_refused(
     assert message in refused(run, *words, "--ckpt_path", "last")
 
 
-def test_a_changed_training_conversation_is_refused_and_a_changed_validation_conversation_is_not(
-    fit: Callable[..., Path], refused: Callable[..., str], write_task: Callable[..., str], tmp_path: Path
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_a_changed_conversation_is_refused(
+    fit: Callable[..., Path], refused: Callable[..., str], write_task: Callable[..., str], tmp_path: Path, part: str
 ) -> None:
     records = [{"prompt": f"What is {number} + 1?", "answer": f"{number + 1}"} for number in range(60)]
     split = split_records(60, parse_shares("90,10,0"), 42, "sums")
     words = ["--data.data_paths", f"[{write_task('sums', records)}]", "--data.data_split", "90,10,0"]
     run = fit(tmp_path / "run", *words, "--trainer.max_steps", "2")
-    changed = {"answer": "another answer"}
-    write_task("sums", [record | changed if code else record for record, code in zip(records, split, strict=True)])
-    fit(run, *words, "--trainer.max_steps", "4", "--ckpt_path", "last")
-    write_task("sums", [record if code else record | changed for record, code in zip(records, split, strict=True)])
-    assert "training tokens (digest) was" in refused(run, *words, "--trainer.max_steps", "6", "--ckpt_path", "last")
+    first = next(number for number, code in enumerate(split) if (code == 0) == (part == "training"))
+    records[first]["answer"] = "another answer"
+    write_task("sums", records)
+    message = refused(run, *words, "--trainer.max_steps", "6", "--ckpt_path", "last")
+    assert message.count("(digest) was") == 1 and f"{part} tokens (digest) was" in message
+    assert "go on regardless with --checkpoint.allow_changes true. What is lost: " in message
+
+
+def test_what_may_change_goes_on_if_allowed_and_says_what_is_lost(
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Over other data, of other steps an epoch, in other batches; the optimizer goes on as it was."""
+    run = fit(tmp_path / "run", *EPOCH_OF_FOUR, "--trainer.max_steps", "6")
+    other = ("--seed_everything", "7", "--data.total_train_batch_size", "200", "--data.seq_length", "125")
+    words = (*other, "--trainer.max_steps", "14", "--checkpoint.save_total_limit", "null", "--ckpt_path", "last")
+    assert "What is lost" in refused(run, *words)
+    fit(run, *words, "--checkpoint.allow_changes", "true")
+    said = capsys.readouterr().out
+    assert "goes on although data.total_train_batch_size was 300, is 200; seed_everything was 42, is 7" in said
+    an_epoch = int(re.findall(r"14 \((\d+) an epoch\)", said)[-1])
+    assert "What is lost" in said and an_epoch not in (4, 7)
+    assert sorted({int(row["step"]) for row in metrics(run)}) == list(range(15))
+    assert "allow_changes: false" in (run / "config.yaml").read_text()
+    fit(run, *words, "--trainer.max_steps", "16")  # from here on it is this run
+    end = torch.load(run / "step-00000016" / "trainer.pt", weights_only=True)["loops"]["fit_loop"]
+    completed, rest = divmod(15, an_epoch)
+    assert end["epoch_progress"]["current"]["completed"] == completed
+    assert end["epoch_loop.batch_progress"]["current"]["processed"] == rest + 1
+    refused(run, *words, "--model.peft_type", "lora", "--checkpoint.allow_changes", "true")
+
+
+def test_a_position_is_set_as_lightning_saves_it(fit: Callable[..., Path], tmp_path: Path) -> None:
+    """At every kind of step: within an epoch, at its end, at its first."""
+    run = fit(tmp_path / "run", *EPOCH_OF_FOUR, "--checkpoint.checkpointing_steps", "1", *KEEP_ALL[:2])
+    for name in checkpoints(run):
+        saved = torch.load(run / name / "trainer.pt", weights_only=True)
+        moved = deepcopy(saved)
+        set_position(moved, 4)
+        assert moved["loops"] == saved["loops"] and moved["epoch"] == saved["epoch"], name
 
 
 def test_a_directory_that_holds_another_run_takes_no_checkpoint_from_elsewhere(

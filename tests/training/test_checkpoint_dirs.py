@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from mft_lightning.errors import UserError
 from mft_lightning.training.checkpoint_choice import (
-    check_same_run,
     find_best,
     find_checkpoints,
     resolve_checkpoint,
 )
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo, directory_name, write_metadata
 from mft_lightning.training.retention import expired
+from mft_lightning.training.same_run import check_same_run
 
 FINGERPRINT = {"seed_everything": 42, "data.data_paths (tasks)": ["a", "b"], "frozen base (digest)": None}
 
@@ -30,7 +30,7 @@ def write(output_dir: Path, step: int, loss: float | None = None) -> None:
     directory.mkdir(parents=True)
     metrics = {} if loss is None else {"val/loss": loss}
     metadata = {"format": 2, "step": step, "epoch_end": False, "metrics": metrics, "fingerprint": FINGERPRINT}
-    metadata["chat_format"] = {"normalize_punctuation": False}
+    metadata |= {"chat_format": {"normalize_punctuation": False}, "processes": 1}
     (directory / "trainer.pt").touch()
     write_metadata(directory, metadata)
 

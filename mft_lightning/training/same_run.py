@@ -1,0 +1,77 @@
+"""Whether a checkpoint's run is the one that goes on: what may not differ, and what is lost where it was allowed to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from mft_lightning.errors import UserError
+from mft_lightning.training.checkpoint_dirs import read_metadata
+
+LOST = (
+    "What is lost: the epoch that was begun is another one now, of which conversations may come twice or not at all; "
+    "losses before and after may measure different data, and so may the best; and no one configuration makes this run "
+    "again."
+)
+
+
+def check_same_run(directory: Path, now: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """Refuse to go on from a checkpoint whose run was made from something else.
+
+    Args:
+        directory: the checkpoint.
+        now: what decides this run, by key; only these are compared with what the checkpoint has of them.
+        may_change: the keys that ``checkpoint.allow_changes`` lets differ.
+
+    Returns:
+        What differs and may, like ``seed_everything was 42, is 7``.
+
+    Raises:
+        UserError: naming each key that differs and may not, and its two values.
+    """
+    saved = read_metadata(directory)["fingerprint"]
+    said = {key: f"{key} was {saved.get(key)!r}, is {now[key]!r}" for key in now if saved.get(key) != now[key]}
+    if refused := [text for key, text in said.items() if key not in may_change]:
+        raise UserError(f"--ckpt_path: {directory.name} belongs to another run: {'; '.join(refused)}. Set them back.")
+    return list(said.values())
+
+
+def changed_layout(directory: Path, processes: int) -> list[str]:
+    """What to say where a run goes on with another number of processes."""
+    before = read_metadata(directory)["processes"]
+    if before == processes:
+        return []
+    return [
+        f"note: {processes} process(es) go on where {before} left off, over the same global batches. Sums are taken in "
+        "another order, and dropout draws other masks."
+    ]
+
+
+def set_position(checkpoint: dict[str, Any], steps_per_epoch: int) -> None:
+    """Let Lightning's loops and the loader go on where the step count falls in epochs of another length.
+
+    What Lightning saves in ``on_train_batch_end`` of a step, of which all but the last touch is done.
+
+    Args:
+        checkpoint: Lightning's dictionary; its loops are changed.
+        steps_per_epoch: optimizer steps of an epoch as it is now.
+    """
+    step = checkpoint["global_step"]
+    epoch, within = divmod(step - 1, steps_per_epoch)
+    within += 1
+    fit = checkpoint["loops"]["fit_loop"]
+    begun = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+    fit["epoch_progress"] = {"total": begun, "current": dict(begun)}
+    fit["epoch_loop.batch_progress"] = {
+        "total": {"ready": step, "started": step, "processed": step, "completed": step - 1},
+        "current": {"ready": within, "started": within, "processed": within, "completed": within - 1},
+        "is_last_batch": within == steps_per_epoch,
+    }
+    optimizer = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for progress in (optimizer["step"], optimizer["zero_grad"], fit["epoch_loop.scheduler_progress"]):
+        for kind, count in (("total", step), ("current", within)):
+            progress[kind] = dict.fromkeys(progress[kind], count)
+    next_epoch, next_step = divmod(step, steps_per_epoch)
+    fit["state_dict"]["combined_loader"] = [{"epoch": next_epoch, "step": next_step}]
+    checkpoint["epoch"] = epoch
