@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import io
@@ -99,8 +100,11 @@ def _message(error: Exception, command: str) -> str | None:
         return str(error)
     if isinstance(error, BrokenPipeError) and ranks.is_first():
         return "standard output was closed."
+    again = ranks.GO_ON if command == "fit" else ""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        where = f"{error.filename}: cannot be written" if error.filename else "a file cannot be written"
+        return f"{where} ({error.strerror}). Free some space or mend the file system.{again}"
     if ranks.is_lost_peer(error):
-        again = ranks.GO_ON if command == "fit" else ""
         return f"another rank is gone without a word, or out of reach ({first_line(error)}).{again}"
     return None
 

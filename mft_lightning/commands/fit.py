@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 import time
 from contextlib import nullcontext
@@ -63,8 +62,8 @@ def fit(argv: list[str]) -> None:
     """Check everything that can be wrong first, then train; nothing is written before."""
     quieten()
     config = RunConfig(argv, "fit")
-    _check_writable(config.output_dir)
-    _check_writable(config.tensorboard_dir)
+    _check_writable(config.output_dir, "output_dir")
+    _check_writable(config.tensorboard_dir, "tensorboard_dir")
     with only_run_in(config.output_dir) if ranks.is_first() else nullcontext():
         _fit(config)
 
@@ -217,13 +216,10 @@ def _holds_run(directory: Path) -> bool:
     return any((directory / name).exists() for name in names) or any(map(is_named, directory.glob("step-*")))
 
 
-def _check_writable(directory: Path) -> None:
-    """A directory that is there is only looked at; of one that is not, its parent is tried."""
+def _check_writable(directory: Path, key: str) -> None:
+    """Try it with a file that no one sees, in the directory or in the first one above it that is there."""
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     try:
-        if existing != directory:
-            tempfile.TemporaryDirectory(dir=existing).cleanup()
-        elif not os.access(existing, os.W_OK) or not existing.is_dir():
-            raise PermissionError(f"{existing} is no directory one can write to")
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise UserError(f"output_dir: {directory} cannot be written ({error}).") from error
+        raise UserError(f"{key}: {directory} cannot be written ({existing}: {error.strerror}).") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,33 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mft_lightning.aside import written_aside
+from mft_lightning.screen import say, shown
 from mft_lightning.training.progress import Pace
 
 
-def tensorboard_logger(directory: Path, resumed_step: int) -> TensorBoardLogger:
-    """A logger that writes straight into ``directory`` and cuts the points after ``resumed_step``."""
-    return TensorBoardLogger(
-        save_dir=directory,
-        name="",
-        version="",
-        default_hp_metric=False,
-        purge_step=resumed_step + 1 if resumed_step else 0,
-    )
+class Curves(TensorBoardLogger):
+    """TensorBoard's files straight in one directory, without the points after the step that a run goes on from.
+
+    Args:
+        directory: of the files; begun anew where someone removes it under the run.
+        resumed_step: the optimizer step the run starts from.
+    """
+
+    def __init__(self, directory: Path, resumed_step: int) -> None:
+        super().__init__(
+            save_dir=directory,
+            name="",
+            version="",
+            default_hp_metric=False,
+            purge_step=resumed_step + 1 if resumed_step else 0,
+        )
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if self._experiment is not None and not Path(self.log_dir).is_dir():
+            say(f"note: {shown(Path(self.log_dir))} was removed under the run, and is begun anew.")
+            self._experiment = None
+        super().log_metrics(metrics, step)
 
 
 class PlainLines(Logger):
@@ -102,6 +118,8 @@ class MetricsCSV(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if not self._opened:
             self._go_on()
+        elif not self.file.exists():  # someone removed it
+            self._rewrite(self._columns, [])
         row = {"step": step, **metrics}
         if new := [name for name in row if name not in self._columns]:
             self._rewrite([*self._columns, *new], self._rows())

@@ -75,6 +75,7 @@ class SkippedSteps(L.Callback):
 
     def _tell(self, step: int, conversations: list[dict[str, Any]]) -> None:
         faulty = [found for found in conversations if found["nll"] is None]
+        self.file.parent.mkdir(parents=True, exist_ok=True)  # someone may have removed it
         with self.file.open("a", encoding="utf-8") as handle:
             handle.write(json_line({"step": step, "conversations": faulty or conversations}) + "\n")
         if not faulty:

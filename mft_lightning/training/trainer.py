@@ -24,7 +24,7 @@ from mft_lightning.training.evaluation import NEVER, Evaluation, EvaluationSetti
 from mft_lightning.training.exact_match import ExactMatch
 from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.layout import find_layout
-from mft_lightning.training.loggers import MetricsCSV, PlainLines, tensorboard_logger
+from mft_lightning.training.loggers import Curves, MetricsCSV, PlainLines
 from mft_lightning.training.progress import Pace, RunBar
 from mft_lightning.training.signals import EndAtOnce
 from mft_lightning.training.skipped_steps import SKIPPED_STEPS, SkippedSteps
@@ -138,7 +138,7 @@ def fit_trainer(
     loggers: Any = keys.get("logger")
     if loggers in (None, True):
         loggers = [
-            tensorboard_logger(tensorboard_dir, resumed_step),
+            Curves(tensorboard_dir, resumed_step),
             MetricsCSV(output_dir / "metrics.csv", resumed_step),
         ]
     bar, pace = _shows_bar(keys), Pace(total_steps, timer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from typing import Literal
@@ -100,3 +101,42 @@ class Fault(L.Callback):
             trainer.should_stop = True
             return
         os.kill(os.getpid(), signal.SIGKILL if self.kind == "kill" else signal.SIGTERM)
+
+
+class Removal(L.Callback):
+    """Someone removes a directory of the run after a step.
+
+    Args:
+        path: the directory.
+        step: optimizer steps that are done by then.
+    """
+
+    def __init__(self, path: str, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
+        if trainer.global_step == self.step:
+            trainer.checkpoint_callback._background.wait()
+            shutil.rmtree(self.path)
+
+
+class LateWrites(L.Callback):
+    """Checkpoints are written long after their copy was taken, while the weights move on.
+
+    Args:
+        seconds: how long.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_start(self, trainer: L.Trainer, *args: object) -> None:
+        checkpoint_io = trainer.strategy.checkpoint_io
+        checkpoint_io.prepare()
+        write = checkpoint_io._write_model
+
+        def late(*given: object) -> None:
+            time.sleep(self.seconds)
+            write(*given)
+
+        checkpoint_io._write_model = late
