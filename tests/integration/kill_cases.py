@@ -16,6 +16,7 @@ CONVERSATIONS = 15  # of each task, twelve of them to train on
 PATIENT = ("--early_stopping.patience", "100")
 IN_PARTS = ("--data.per_device_train_batch_size", "2")  # several micro-batches a step
 WORKERS = ("--data.num_workers", "2")
+SELDOM = ("--trainer.log_every_n_steps", "7")  # so that what loggers hold back is more than a step's
 PADDED = ("--data.padding_mode", "padding")
 BY_EPOCHS = ("--trainer.max_steps", "-1", "--trainer.max_epochs", str(EPOCHS), "--evaluation.strategy", "steps,epoch")
 
@@ -55,10 +56,10 @@ CASES = (
     _full("full-case3-focal", "case3", "--model.focal_gamma", "2", *IN_PARTS, *PATIENT),
     _lora("lora-case4-epochs", "case4", *PADDED, *IN_PARTS, "--checkpoint.extra_save_by_epoch", "true"),
     _full("full-coba-workers", "coba", *COBA, *WORKERS),
-    _lora("lora-famo", "famo", *IN_PARTS),
+    _lora("lora-famo", "famo", *IN_PARTS, *SELDOM),
     _full("ddp-full-famo", "famo", *DDP, *PADDED, *PATIENT, ranks=2),
     _lora("ddp-lora-case3", "case3", *DDP, *IN_PARTS, ranks=2),
-    _full("fsdp-full-case4", "case4", *FSDP, *IN_PARTS, *BY_EPOCHS, ranks=2),
+    _full("fsdp-full-case4", "case4", *FSDP, *IN_PARTS, *BY_EPOCHS, *SELDOM, ranks=2),
     _lora("fsdp-lora-coba", "coba", *FSDP, *COBA, ranks=2),
 )
 

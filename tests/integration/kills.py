@@ -56,10 +56,10 @@ class Kind:
 
 
 KINDS = {
-    "step": Kind(("train_batch_start",), 0.06, False, 3),
-    "validation": Kind(("validation_batch_start",), 0.04, True, 2),
-    "save": Kind(("save_checkpoint",), 0.15, True, 4),
-    "epoch": Kind(("train_epoch_end", "train_epoch_start"), 0.02, True, 2),
+    "step": Kind(("train_batch_start",), 0.06, False, 2),
+    "validation": Kind(("validation_batch_start",), 0.03, True, 3),
+    "save": Kind(("save_checkpoint",), 0.15, True, 3),
+    "epoch": Kind(("train_epoch_end", "train_epoch_start"), 0.01, True, 3),
     "start": Kind(("setup",), 0.5, False, 0.5),
 }
 
@@ -89,12 +89,12 @@ def draw_kill(chance: random.Random, done: int, left: int, ranks: int) -> Kill:
         ranks: of the run.
     """
     rank, room = chance.randrange(ranks), STEPS - done
-    if left == 1 and chance.random() < LAST_SAVE:
+    if left == 1 and done > 0 and chance.random() < LAST_SAVE:
         return Kill("save_checkpoint", STEPS, chance.uniform(0, 2 * KINDS["save"].delay), rank)
     near_the_end = left > 1 and room <= 3  # what comes after a step may be the end of the run
     kinds = [kind for kind in KINDS.values() if not (near_the_end and kind.after)]
     (kind,) = chance.choices(kinds, [kind.often for kind in kinds])
-    ahead = 0 if near_the_end else chance.randint(0, min(room - 1, math.ceil(2 * room / left)))
+    ahead = 0 if near_the_end else chance.randint(0, min(room // 2, math.ceil(2 * room / left)))
     step = 0 if kind.hooks == ("setup",) else done + ahead + kind.after
     return Kill(chance.choice(kind.hooks), step, chance.uniform(0, kind.delay), rank)
 
