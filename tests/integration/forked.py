@@ -36,8 +36,10 @@ def run_forked(words: list[str], ranks: int, log: Path, variables: dict[str, str
         FailedError: another end, or none in time; with the last lines of the log.
     """
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process that forks must have no threads"
-    port = str(_free_port())
-    running = [_fork(words, {**variables, **_launched(rank, ranks, port)}, log) for rank in range(ranks)]
+    port, pipe = str(_free_port()), os.pipe()
+    running = [_fork(words, {**variables, **_launched(rank, ranks, port)}, log, rank, pipe) for rank in range(ranks)]
+    for end in pipe:
+        os.close(end)
     deadline = time.monotonic() + timeout
     try:
         while running:
@@ -73,7 +75,8 @@ def _launched(rank: int, ranks: int, port: str) -> dict[str, str]:
     }
 
 
-def _fork(words: list[str], variables: dict[str, str], log: Path) -> int:
+def _fork(words: list[str], variables: dict[str, str], log: Path, rank: int, pipe: tuple[int, int]) -> int:
+    """Start a rank. Rank 0 has the store where ranks meet, torchrun's outlives them all: it ends after the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():
@@ -85,9 +88,12 @@ def _fork(words: list[str], variables: dict[str, str], log: Path) -> int:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         os.environ.update(variables)
+        os.close(pipe[0 if rank else 1])
         code = _call(words)
         sys.stdout.flush()
         sys.stderr.flush()
+        if rank == 0 and code == 0:
+            os.read(pipe[0], 1)  # until none of the others holds the pipe's other end
     finally:
         os._exit(code)
 

@@ -215,6 +215,8 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=[case.name for case in CASES], help="a case; repeatable")
     parser.add_argument("--directory", type=Path, help="a new one, which is kept")
     arguments = parser.parse_args()
+    if arguments.kills and arguments.directory and arguments.directory.exists():
+        parser.error(f"{arguments.directory} is there already")
     cases = [case for case in CASES if arguments.only is None or case.name in arguments.only]
     directory = (arguments.directory or Path(tempfile.mkdtemp(prefix="kills-"))).absolute()
     laboratory, results = Laboratory(directory), []

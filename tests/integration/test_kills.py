@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.integration.conftest import ROOT, user_environment
 from tests.integration.same_run import differences
 
-CASES = ("full-case1-padding", "lora-case2-workers", "ddp-full-famo")
+CASES = ("full-case1-padding", "lora-famo", "ddp-full-famo")
 LAST = "step-00000004"
 
 
