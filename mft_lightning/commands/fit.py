@@ -81,6 +81,8 @@ def _fit(config: RunConfig) -> None:
     notes = _load(checkpoint_io, resumed.path, config) if resumed is not None else []
     total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])
     if resumed is not None and resumed.step >= total_steps:
+        if ranks.is_first():  # the run may have been killed right after its last save
+            settings.checkpoint.retention(config.output_dir, validated=settings.evaluation.enabled).settle()
         print(
             f"nothing to do: {resumed.path.name} is at the end, raise trainer.max_steps or trainer.max_epochs to go on"
         )

@@ -35,6 +35,20 @@ class StepSeeding(L.Callback):
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
+class EpochCount(L.Callback):
+    """Keeps Lightning's count of epochs right where a run goes on from the last step of one.
+
+    Lightning 2.6 then counts that epoch as processed, but takes the next one for the rest of it, and does not count it
+    as begun (``_FitLoop.reset`` and ``on_advance_start``). After a second such resume it lost its place in the data.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loop = trainer.fit_loop
+        now: Any = loop.epoch_progress.current
+        if loop.restarted_mid_epoch and now.ready == now.processed:
+            loop.reset_restart_stage()
+
+
 class StepLogging(L.Callback):
     """Writes the training metrics of an optimizer step at its number, as exact sums over all ranks.
 

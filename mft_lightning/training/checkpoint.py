@@ -56,6 +56,11 @@ class CheckpointSettings:
         if self.sharded:
             raise NotYetError("checkpoint.sharded", True, "Leave it out.")
 
+    def retention(self, output_dir: Path, *, validated: bool) -> Retention:
+        """What becomes of the checkpoints of a run with or without validations."""
+        monitor = self.monitor if validated else None
+        return Retention(output_dir, self.save_total_limit, monitor, self.mode, self.trainer_state)
+
     def due(self, trainer: L.Trainer) -> bool:
         """Whether the step just taken is one to save after, whatever a validation said."""
         by_steps = "steps" in self.save_strategy and trainer.global_step % self.checkpointing_steps == 0
@@ -85,9 +90,7 @@ class HFModelCheckpoint(ModelCheckpoint):
         self.checkpoint_io = checkpoint_io
         self.monitor = settings.monitor if evaluation else None
         self.mode = settings.mode
-        self.retention = Retention(
-            output_dir, settings.save_total_limit, self.monitor, settings.mode, settings.trainer_state
-        )
+        self.retention = settings.retention(output_dir, validated=evaluation is not None)
         self.saved_step = -1
         self._background = Background()
         self._latest: CheckpointInfo | None = None  # which may still be in the making

@@ -43,11 +43,21 @@ class Retention:
 
     def begin(self, step: int) -> None:
         """Clear what a killed process left, and move aside the checkpoints of steps after ``step``, taken again now."""
-        remove_unfinished(self.output_dir)
+        self._clear()
         for directory in self.output_dir.glob("step-*"):
             if directory.is_dir() and is_named(directory) and int(directory.name.removeprefix("step-")) > step:
                 self.supersede(directory)
         self.point()
+
+    def settle(self) -> None:
+        """Do what a process that was killed after a save had still to do."""
+        self._clear()
+        self.apply()
+
+    def _clear(self) -> None:
+        remove_unfinished(self.output_dir)
+        for directory in self.output_dir.glob("step-*"):
+            remove_unfinished(directory)
 
     def supersede(self, directory: Path) -> None:
         """Move a checkpoint aside whose step is taken again; an earlier one of that step goes."""

@@ -17,7 +17,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.screen import console
 from mft_lightning.training.balancing import Balancing
-from mft_lightning.training.callbacks import EarlyStoppingSettings, RandomBase, StepLogging, StepSeeding
+from mft_lightning.training.callbacks import EarlyStoppingSettings, EpochCount, RandomBase, StepLogging, StepSeeding
 from mft_lightning.training.checkpoint import CheckpointSettings, HFModelCheckpoint
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import NEVER, Evaluation, EvaluationSettings
@@ -121,7 +121,7 @@ def fit_trainer(
     puts checkpoints last); the clock comes before all, so that its last step is known to be the last.
     """
     evaluation = Evaluation(settings.evaluation) if settings.evaluation.enabled else None
-    callbacks: list[L.Callback] = [StepSeeding(seed)]
+    callbacks: list[L.Callback] = [StepSeeding(seed), EpochCount()]
     timer = _timer(keys["max_time"]) if keys.get("max_time") is not None else None
     callbacks += [timer] if timer is not None else []
     callbacks += [*_listed(keys.get("callbacks")), *extra_callbacks]

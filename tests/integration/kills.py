@@ -27,7 +27,7 @@ os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # nor pyarrow's 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import mft_lightning.commands.fit  # noqa: F401  # what each part would have to import
-from mft_lightning.training.checkpoint_dirs import find_checkpoints
+from mft_lightning.training.checkpoint_choice import find_checkpoints
 from tests.integration.forked import FailedError, run_forked
 from tests.integration.fuse import Hook
 from tests.integration.kill_cases import CASES, STEPS, Case, fit_words, prepare

@@ -38,7 +38,7 @@ def _short_run(fit: Callable[..., Path], directory: Path) -> Path:
 
 def _copied(run: Path, target: Path) -> Path:
     """A run as if it had been made in another directory."""
-    shutil.copytree(run, target)
+    shutil.copytree(run, target, symlinks=True)
     config = target / "config.yaml"
     config.write_text(config.read_text().replace(str(run), str(target)))
     return target
@@ -89,6 +89,11 @@ def _metadata(run: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"epoch": 7}, indent=2) + "\n")
 
 
+def _link(run: Path) -> None:
+    (run / "best").unlink()
+    (run / "best").symlink_to("step-00000002")
+
+
 def _remains(run: Path) -> None:
     (run / ".step-00000006.tmp").mkdir()
 
@@ -104,7 +109,8 @@ SPOILT = {
     _one_metric: "metrics.csv at step 4[",
     _one_row: "metrics.csv: has rows of steps 0, 1, 2, 3, 4, not 0, 1, 2, 3, 4, 4",
     _curves: "runs/val/",
-    _metadata: f"{LAST}/checkpoint.json: holds other bytes",
+    _metadata: f"{LAST}/checkpoint.json['epoch']: is 7, not 0",
+    _link: "best: is 'step-00000002', not 'step-00000004'",
     _remains: ".step-00000006.tmp: is left over",
     _no_checkpoint: f"{LAST}: is missing",
 }

@@ -68,12 +68,12 @@ def test_a_kill_at_any_instant_of_a_save_leaves_whole_checkpoints_and_no_remains
         assert_whole(output_dir)
         assert "Passed over" not in capsys.readouterr().out
         last = resolve_checkpoint("last", output_dir, "val/loss", "min", to_resume=True)
-        retention(output_dir, trainer_state=trainer_state).begin(last.step)
-        assert not list(output_dir.rglob("*.unfinished"))
         if last.step == 30:
+            retention(output_dir, trainer_state=trainer_state).begin(last.step)
+            assert not list(output_dir.rglob("*.unfinished"))
             save(output_dir, 40, trainer_state=trainer_state)
         else:
-            retention(output_dir, trainer_state=trainer_state).apply()
+            retention(output_dir, trainer_state=trainer_state).settle()
         assert contents(output_dir) == contents(tmp_path / "whole")
         if not cut:
             break
