@@ -36,6 +36,7 @@ from mft_lightning.training.checkpoint_dirs import (
 # what Lightning needs of its dictionary to go on
 TRAINER_KEYS = {"global_step", "epoch", "loops", "callbacks", "optimizer_states", "lr_schedulers"}
 TRAINER_KEYS |= {"pytorch-lightning_version"}
+CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # what a full disk is to Python, to torch, to safetensors
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class HFCheckpointIO(CheckpointIO):
         self.module = module
         self._preloaded: dict[Path, dict[str, Any]] = {}
         self._write_model: ModelWriter | None = None
-        self._unchanging: dict[str, bytes] = {}  # files that are the same in every checkpoint
+        self._files: dict[str, bytes] = {}  # that are the same in every checkpoint
+        self._described: dict[str, Any] = {}  # and what is the same in its description
 
     def preload(self, path: Path) -> dict[str, Any]:
         """Load a checkpoint ahead of the run, so that one that cannot be loaded stops it before anything is written.
@@ -92,7 +94,21 @@ class HFCheckpointIO(CheckpointIO):
         with tempfile.TemporaryDirectory() as folder:
             self.module.datamodule.tokenizer.save_pretrained(folder)
             network.causal_lm.generation_config.save_pretrained(folder)
-            self._unchanging = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+            self._files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        datamodule = self.module.datamodule
+        self._described = {
+            "tasks": datamodule.task_names,
+            "fingerprint": self.module.fingerprint(datamodule),
+            "chat_format": {"normalize_punctuation": datamodule.chat_format.normalize_punctuation},
+            "processes": self.module.trainer.world_size,
+            "versions": {
+                "mft_lightning": mft_lightning.__version__,
+                "torch": torch.__version__,
+                "lightning": L.__version__,
+                "transformers": transformers.__version__,
+                "peft": version("peft"),
+            },
+        }
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: SaveOptions | None = None
@@ -108,34 +124,20 @@ class HFCheckpointIO(CheckpointIO):
             UserError: it cannot be written. What was there before is as it was.
         """
         options = storage_options or SaveOptions()
-        metadata = self._metadata(checkpoint, options)
         self.prepare()
-        if options.background is None:
-            self._write(checkpoint, Path(path), metadata, options)
-        else:
-            copied = _in_own_memory(checkpoint, gathered=getattr(self.module.trainer.strategy, "gathers", False))
-            options.background.start(partial(self._write, copied, Path(path), metadata, options))
-
-    def _metadata(self, checkpoint: dict[str, Any], options: SaveOptions) -> dict[str, Any]:
-        datamodule, trainer = self.module.datamodule, self.module.trainer
-        return {
+        metadata = {
             "format": FORMAT_VERSION,
             "step": checkpoint["global_step"],
             "epoch": checkpoint["epoch"],
             "epoch_end": options.epoch_end,
             "metrics": options.metrics,
-            "tasks": datamodule.task_names,
-            "fingerprint": self.module.fingerprint(datamodule),
-            "chat_format": {"normalize_punctuation": datamodule.chat_format.normalize_punctuation},
-            "processes": trainer.world_size,
-            "versions": {
-                "mft_lightning": mft_lightning.__version__,
-                "torch": torch.__version__,
-                "lightning": L.__version__,
-                "transformers": transformers.__version__,
-                "peft": version("peft"),
-            },
+            **self._described,
         }
+        if options.background is None:
+            self._write(checkpoint, Path(path), metadata, options)
+        else:
+            copied = _in_own_memory(checkpoint, gathered=getattr(self.module.trainer.strategy, "gathers", False))
+            options.background.start(partial(self._write, copied, Path(path), metadata, options))
 
     def _write(self, checkpoint: dict[str, Any], path: Path, metadata: dict[str, Any], options: SaveOptions) -> None:
         assert self._write_model is not None
@@ -146,17 +148,13 @@ class HFCheckpointIO(CheckpointIO):
             with written_aside(path) as aside:
                 aside.mkdir()
                 self._write_model(state, aside)
-                for name, contents in self._unchanging.items():
+                for name, contents in self._files.items():
                     (aside / name).write_bytes(contents)
                 trainer_state = {key: value for key, value in checkpoint.items() if key != "state_dict"}
                 torch.save(trainer_state, aside / TRAINER_STATE)
                 write_metadata(aside, metadata)
             options.afterwards()
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own for a full disk
+        except CANNOT_WRITE as error:
             raise UserError(
                 f"{shown(path)}: the checkpoint cannot be written ({first_line(error)}). Those before it are whole; "
                 "free some space or mend the directory, then go on with --ckpt_path last."
