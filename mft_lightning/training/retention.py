@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,7 @@ class Retention:
     monitor: str | None
     mode: Literal["min", "max"]
     trainer_state: Literal["all", "latest"] = "all"
+    _told: set[str] = field(default_factory=set)  # notes, each of which is said once
 
     def begin(self, step: int) -> None:
         """Clear what a killed process left, and move aside the checkpoints of steps after ``step``, taken again now."""
@@ -88,11 +89,20 @@ class Retention:
         for name, info in ((LAST, checkpoints[-1] if checkpoints else None), (BEST, self.best(checkpoints))):
             link = self.output_dir / name
             if link.exists() and not link.is_symlink():
-                say(f"note: {shown(link)} is none of this run's, and is left as it is.")
+                self._tell(f"note: {shown(link)} is none of this run's, and is left as it is.")
             elif info is None:
                 link.unlink(missing_ok=True)
             elif not link.is_symlink() or link.readlink() != Path(info.path.name):
-                _link(link, info.path.name)
+                try:
+                    with written_aside(link) as aside:
+                        aside.symlink_to(info.path.name)
+                except OSError as error:
+                    self._tell(f"note: {shown(link)} cannot be made ({error}); --ckpt_path {name} works without it.")
+
+    def _tell(self, note: str) -> None:
+        if note not in self._told:
+            self._told.add(note)
+            say(note)
 
     def _remove(self, directory: Path) -> None:
         """A file that another program holds open must not end a run; what is left goes with a later one."""
@@ -100,7 +110,7 @@ class Retention:
             remove_unfinished(self.output_dir, "step-*")
             remove_directory(directory)
         except OSError as error:
-            say(f"note: {shown(directory)} could not be removed ({error}).")
+            self._tell(f"note: {shown(directory)} could not be removed ({error}).")
 
 
 def expired(
@@ -128,11 +138,3 @@ def _drop_trainer_state(directory: Path) -> None:
         with written_aside(directory / METADATA) as aside:
             write_description(aside, metadata)
     (directory / TRAINER_STATE).unlink(missing_ok=True)
-
-
-def _link(link: Path, target: str) -> None:
-    try:
-        with written_aside(link) as aside:
-            aside.symlink_to(target)
-    except OSError as error:
-        say(f"note: {shown(link)} cannot be made ({error}); --ckpt_path {link.name} works without it.")
