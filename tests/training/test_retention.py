@@ -161,3 +161,18 @@ def test_what_is_called_like_a_link_stays(tmp_path: Path, capsys: pytest.Capture
     save(tmp_path, 10)
     assert (tmp_path / "best").is_dir() and not (tmp_path / "best").is_symlink()
     assert "best is none of this run's" in capsys.readouterr().out
+
+
+def test_where_links_cannot_be_made_it_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*given: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    kept = retention(tmp_path)
+    for step in (10, 20):
+        save(tmp_path, step)
+        kept.apply()
+    assert capsys.readouterr().out.count("--ckpt_path last works without it") == 2 + 1  # of `save` each time
+    assert resolve_checkpoint("last", tmp_path, "val/loss", "min").step == 20
