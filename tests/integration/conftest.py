@@ -6,7 +6,7 @@ import csv
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from mft_lightning.cli import main
+from mft_lightning.run_config import RunConfig
 from mft_lightning.training.checkpoint_dirs import read_metadata, write_metadata
+from tests.integration.in_series import setup_once
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("text_to_code", "code_explanation", "unit_tests")
@@ -44,6 +46,14 @@ def read_terminal(mine: int) -> str:
             os.close(mine)
             return written.decode()
         written += part
+
+
+@pytest.fixture(scope="package", autouse=True)
+def parsers_made_once() -> Iterator[None]:
+    """Commands that tests run in their own process share the parser of each; those in processes of their own do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunConfig, "setup_parser", setup_once())
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mft_lightning.data.batch_sizes import derive_batch_sizes
 from mft_lightning.data.datamodule import MFTDataModule
-from mft_lightning.run_config import RunConfig
 from tests.integration.conftest import ROOT, TASKS, metrics, weights
-from tests.integration.in_series import setup_once
 from tests.integration.layouts import in_series
 from tests.integration.reference import ALPHA, Measured, R, adapter_weight, measure, plain_name, step_numbers
 
@@ -189,7 +187,6 @@ def test_numbers_are_those_of_a_loop_over_conversations(
     epoch: Epoch,
     fit: Callable[..., Path],
     fit_arguments: Callable[..., list[str]],
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     layout: str,
     precision: str,
@@ -198,7 +195,6 @@ def test_numbers_are_those_of_a_loop_over_conversations(
     cases = [Case(layout, precision, *rest) for rest in product(KINDS, PADDINGS, MODES, sizes)]
     ranks = LAYOUTS[layout][1]
     if ranks == 1:
-        monkeypatch.setattr(RunConfig, "setup_parser", setup_once())
         for case in cases:
             fit(tmp_path / case.directory, *epoch.words, *case.words, config=f"{case.kind}.yaml")
     else:
