@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from mft_lightning.cli import main
 from mft_lightning.run_config import RunConfig
 from mft_lightning.training.checkpoint_dirs import read_metadata, write_metadata
+from tests.integration import preloaded
 from tests.integration.in_series import setup_once
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,9 +29,8 @@ def user_environment() -> dict[str, str]:
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
-    """``python -m mft_lightning …`` from the project's root."""
-    line = [sys.executable, "-m", "mft_lightning", *words]
-    return subprocess.run(line, cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=False)
+    """``python -m mft_lightning …`` from the project's root, with everything imported when it starts."""
+    return preloaded.run(["-m", "mft_lightning", *words], user_environment())
 
 
 def read_terminal(mine: int) -> str:

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/integration/in_series.py commands.json
 
-The file holds a list of command lines; the first that fails ends the series with its exit code.
+The ranks that ``layouts.py`` starts it on need not import everything again. The file holds a list of command lines;
+the first that fails ends the series with its exit code.
 """
 
 from __future__ import annotations

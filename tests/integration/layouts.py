@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
-from tests.integration.conftest import ROOT, user_environment
+from tests.integration import preloaded
+from tests.integration.conftest import user_environment
 
 
 def in_series(ranks: int, lines: list[list[str]], directory: Path, script: str = "in_series.py") -> str:
-    """Run command lines one after the other on so many ranks, as torchrun starts them; what they print."""
+    """Run command lines one after the other on so many ranks; what they print."""
     (directory / "commands.json").write_text(json.dumps(lines))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    words = [*torchrun, f"tests/integration/{script}", str(directory / "commands.json")]
-    done = subprocess.run(words, cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=False)
+    words = [f"tests/integration/{script}", str(directory / "commands.json")]
+    done = preloaded.run_on_ranks(ranks, words, user_environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mft_lightning.cli import main
-from tests.integration.conftest import command
+from tests.integration.conftest import ROOT, command, user_environment
 
 GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
 
@@ -196,7 +198,8 @@ def test_an_output_directory_that_holds_a_run(
 
 
 def test_the_process_exits_with_1_and_one_message() -> None:
-    result = command("fit", "--config", "lora.yaml", "--data.seq_lenght", "5")
+    line = [sys.executable, "-m", "mft_lightning", "fit", "--config", "lora.yaml", "--data.seq_lenght", "5"]
+    result = subprocess.run(line, cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr == "error: data.seq_lenght: there is no such key. The nearest is data.seq_length.\n"
     assert command("merge", "--adapter", "x").returncode == 1

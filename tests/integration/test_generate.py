@@ -7,8 +7,6 @@ import json
 import os
 import pty
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft_lightning.cli import main
+from tests.integration import preloaded
 from tests.integration.conftest import read_terminal, user_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -321,28 +320,27 @@ def test_an_adapter_whose_base_is_gone_is_refused(
 def test_a_reader_that_has_enough_ends_the_command_in_peace(checkpoint: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "asked.jsonl", [{"prompt": "a"}] * 200)
     words = ["--model", str(checkpoint), "--input", str(file), "--max_new_tokens", "1", "--batch_size", "1"]
-    line = [sys.executable, "-m", "mft_lightning", "generate", *words]
-    with subprocess.Popen(
-        line, cwd=ROOT, env=user_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert json.loads(process.stdout.readline())["line"] == 2
-        process.stdout.close()
-        assert not process.stderr.read()
-    assert process.returncode == 0
+    (answers, theirs), errors = os.pipe(), tmp_path / "errors"
+    with os.fdopen(answers) as output, errors.open("w") as handle:
+        process = preloaded.start(
+            ["-m", "mft_lightning", "generate", *words], user_environment(), 0, theirs, handle.fileno()
+        )
+        os.close(theirs)
+        assert json.loads(output.readline())["line"] == 2
+    assert preloaded.exit_code(process) == 0
+    assert not errors.read_text()
 
 
 def test_answers_go_to_standard_output_while_a_bar_is_on_the_terminal(checkpoint: Path, tmp_path: Path) -> None:
     file = written(tmp_path / "asked.jsonl", [{"prompt": "a"}] * 20)
     words = ["--model", str(checkpoint), "--input", str(file), "--max_new_tokens", "1", "--batch_size", "1"]
-    line = [sys.executable, "-m", "mft_lightning", "generate", *words]
     environment = {**user_environment(), "TERM": "xterm-256color"}
     mine, theirs = pty.openpty()
     with (tmp_path / "answers.jsonl").open("w") as answers:
-        process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=answers, stderr=theirs)
+        process = preloaded.start(["-m", "mft_lightning", "generate", *words], environment, 0, answers.fileno(), theirs)
         os.close(theirs)
         shown = read_terminal(mine)
-        assert process.wait() == 0
+        assert preloaded.exit_code(process) == 0
     found = [json.loads(text)["line"] for text in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert found == list(range(2, 42, 2))
     assert "answering" in shown and "100%" in shown and "finish_reason" not in shown

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import chain
@@ -16,6 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from mft_lightning.cli import main
+from tests.integration import preloaded
 from tests.integration.conftest import user_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,13 +157,15 @@ def test_validation_directories_have_a_table_of_their_own(
     assert "text_to_code            600  52,286" in validation
 
 
-def test_a_reader_that_has_enough_ends_it_in_peace() -> None:
-    words = "-m mft_lightning inspect --config quickstart.yaml"
-    line = f'"{sys.executable}" {words} | head -1; echo "${{PIPESTATUS[0]}}"'
-    result = subprocess.run(
-        ["bash", "-c", line], cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=True
-    )
-    assert result.stdout.splitlines()[-1] == "0" and not result.stderr
+def test_a_reader_that_has_enough_ends_it_in_peace(tmp_path: Path) -> None:
+    words = ["-m", "mft_lightning", "inspect", "--config", "quickstart.yaml"]
+    (shown, theirs), errors = os.pipe(), tmp_path / "errors"
+    with os.fdopen(shown) as output, errors.open("w") as handle:
+        process = preloaded.start(words, user_environment(), 0, theirs, handle.fileno())
+        os.close(theirs)
+        assert output.readline()
+    assert preloaded.exit_code(process) == 0
+    assert not errors.read_text()
 
 
 def test_records_are_paged_and_chosen(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from mft_lightning.cli import main
-from tests.integration.conftest import ROOT, TASKS, checkpoints, metrics, read_terminal, user_environment
+from tests.integration import preloaded
+from tests.integration.conftest import TASKS, checkpoints, metrics, read_terminal, user_environment
 
 ALWAYS_WORSE = ("--early_stopping.min_delta", "100")
 
@@ -43,11 +44,10 @@ def on_a_terminal(words: list[str], columns: int = 120) -> str:
     """What a command writes to a terminal, and that it ends well."""
     mine, theirs = pty.openpty()
     environment = {**user_environment(), "TERM": "xterm-256color", "COLUMNS": str(columns)}
-    line = [sys.executable, "-m", "mft_lightning", *words]
-    process = subprocess.Popen(line, cwd=ROOT, env=environment, stdout=theirs, stderr=theirs, stdin=theirs)
+    process = preloaded.start(["-m", "mft_lightning", *words], environment, theirs, theirs, theirs)
     os.close(theirs)
     written = read_terminal(mine)
-    assert process.wait() == 0, written
+    assert preloaded.exit_code(process) == 0, written
     return written
 
 
@@ -154,8 +154,8 @@ def test_the_commands_it_ends_with_can_be_typed(
         words = shlex.split(said[label])
         assert words[1:3] == ["-m", "mft_lightning"]
         environment = {**user_environment(), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        line = [words[0], *words[1:]]
-        result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert shutil.which(words[0], path=environment["PATH"])
+        result = preloaded.run(words[1:], environment)
         assert result.returncode == 0, result.stderr
     assert (run / "merged-step-00000002" / "model.safetensors").is_file()
     assert (run / "step-00000004").is_dir()
@@ -223,15 +223,16 @@ def test_what_there_is_not_is_not_told(
 def test_sigterm_while_answering_ends_the_asking(fit_arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     words = fit_arguments(tmp_path / "run", "--trainer.max_steps", "2", "--evaluation.exact_match_per_task", "1000")
     words += ["--data.data_split", "50,50,0", "--evaluation.max_conversations_per_task", "null"]
-    line = [sys.executable, "-m", "mft_lightning", "fit", *words]
-    with subprocess.Popen(line, cwd=ROOT, env=user_environment(), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        for said in process.stdout:
+    ours, theirs = os.pipe()
+    with os.fdopen(ours) as output:
+        process = preloaded.start(["-m", "mft_lightning", "fit", *words], user_environment(), 0, theirs, 2)
+        os.close(theirs)
+        for said in output:
             if said.startswith("answering"):
                 process.terminate()
                 break
-        rest = process.stdout.read()
-    assert process.returncode == 128 + signal.SIGTERM and "trained to step 2 of 2" in rest
+        rest = output.read()
+    assert preloaded.exit_code(process) == 128 + signal.SIGTERM and "trained to step 2 of 2" in rest
     assert rest.rstrip().endswith("stopped by SIGTERM when all steps were done")
     asked = sum(int(row.get("exact match", "0 of 0").split()[-1]) for row in table(rest, "validation at").values())
     assert asked < 400
@@ -272,15 +273,14 @@ def test_beside_a_bar_warnings_go_where_standard_error_was_sent(
     script += "from mft_lightning.training.callbacks import StepLogging as S; old = S.on_train_batch_end\n"
     script += "S.on_train_batch_end = lambda *a: (print('told', file=sys.stderr), old(*a))[1]\n"
     script += f"sys.exit(main(['fit', *{words!r}]))"
+    (tmp_path / "told.py").write_text(script)
     environment = {**user_environment(), "TERM": "xterm-256color"}
     errors = tmp_path / "errors"
     with errors.open("w") as handle:
-        process = subprocess.Popen(
-            [sys.executable, "-c", script], cwd=ROOT, env=environment, stdout=theirs, stderr=handle, stdin=theirs
-        )
+        process = preloaded.start([str(tmp_path / "told.py")], environment, theirs, theirs, handle.fileno())
         os.close(theirs)
         written = read_terminal(mine)
-        assert process.wait() == 0
+        assert preloaded.exit_code(process) == 0
     assert "\u2501" in written and errors.read_text().count("told") == 4 and "told" not in written
 
 

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mft_lightning.errors import NotYetError
 from mft_lightning.model.parallel import ParallelSettings
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.integration import preloaded
 
 
 def test_a_sharded_network_on_two_ranks(tiny_model: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*torchrun, str(ROOT / "tests" / "model" / "on_two_ranks.py"), str(tiny_model)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    words = ["tests/model/on_two_ranks.py", str(tiny_model)]
+    done = preloaded.run_on_ranks(2, words, {**os.environ, "PYTHONPATH": str(preloaded.ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "all as before\n"
 
