@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration import one_by_one
 from tests.integration.conftest import ROOT, checkpoints, everything, metrics, user_environment
 
 OWN = (sys.executable, "-m", "mft_lightning")
@@ -26,6 +27,7 @@ TORCHRUN = (
     "-m",
     "mft_lightning",
 )
+KILLED, BY_CHANCE = "error: rank 1 was ended from outside by SIGKILL", "ZeroDivisionError: by chance"
 SOON = 60.0  # seconds until the last rank has ended
 
 
@@ -77,7 +79,8 @@ def told(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def test_it_starts_its_own_ranks_and_measures_with_them(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
-    trained = run(OWN, arguments())
+    elsewhere = {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"}  # where other machines meet means nothing to one
+    trained = run(OWN, arguments(), **elsewhere)
     assert (trained.returncode, trained.stderr) == (0, "")
     assert "2 x cpu, ddp" in trained.stdout
     assert trained.stdout.count("step 1/4") == trained.stdout.count("trained to step 4") == 1
@@ -90,40 +93,10 @@ def test_it_starts_its_own_ranks_and_measures_with_them(arguments: Callable[...,
     assert everything(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize(
-    ("kind", "rank", "message"),
-    [
-        ("user", 0, "error: a record is bad."),
-        ("user", 1, "error: rank 1: a record is bad."),
-        ("kill", 1, "error: rank 1 was ended from outside by SIGKILL"),
-    ],
-)
-def test_one_rank_fails(arguments: Callable[..., list[str]], kind: str, rank: int, message: str) -> None:
-    done = run(OWN, arguments(*fault(kind, rank)))
+def test_another_rank_fails(arguments: Callable[..., list[str]]) -> None:
+    done = run(OWN, arguments(*fault("kill", 1)))
     assert done.returncode == 1
-    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("kind", "hook", "message"),
-    [
-        ("user", "train_end", "error: rank 1: a record is bad."),
-        ("kill", "teardown", "error: rank 1 was ended from outside by SIGKILL"),
-    ],
-)
-def test_another_rank_fails_when_the_work_is_done(
-    arguments: Callable[..., list[str]], kind: str, hook: str, message: str
-) -> None:
-    done = run(OWN, arguments(*fault(kind, 1, hook)))
-    assert done.returncode == 1 and "trained to step" not in done.stdout
-    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1, done.stderr
-
-
-@pytest.mark.parametrize("rank", [1, -1])
-def test_an_error_of_python_is_told_once(arguments: Callable[..., list[str]], rank: int) -> None:
-    done = run(OWN, arguments("--trainer.strategy", "fsdp", *fault("python", rank)))
-    assert done.returncode == 1
-    assert done.stderr.count("ZeroDivisionError: by chance") == done.stderr.count("Traceback") == 1, done.stderr
+    assert done.stderr.startswith(KILLED) and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_the_first_rank_is_killed(arguments: Callable[..., list[str]]) -> None:
@@ -173,18 +146,29 @@ def test_a_signal_ends_a_measurement(arguments: Callable[..., list[str]]) -> Non
         ]
 
 
-def test_where_other_machines_meet_means_nothing_to_one(arguments: Callable[..., list[str]]) -> None:
-    done = run(OWN, arguments(), MASTER_ADDR="nowhere.invalid", MASTER_PORT="1")
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_a_process_goes_on_after_a_run_that_failed(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
-    lines = [arguments(*fault("user", 1)), arguments(*fault("user", 0)), arguments("--trainer.devices", "1")]
-    lines = [[*line, "--output_dir", str(tmp_path / str(number))] for number, line in enumerate([*lines, arguments()])]
+def test_a_process_goes_on_after_runs_that_failed(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    """In training on either rank, on another one when the work is done, and by an error of Python on one or on all."""
+    failing = {
+        fault("user", 1): "error: rank 1: a record is bad.",
+        fault("user", 0): "error: a record is bad.",
+        fault("user", 1, "train_end"): "error: rank 1: a record is bad.",
+        fault("kill", 1, "teardown"): KILLED,
+        (*fault("python", 1), "--trainer.strategy", "fsdp"): BY_CHANCE,
+        (*fault("python", -1), "--trainer.strategy", "fsdp"): BY_CHANCE,
+    }
+    lines = [arguments(*words) for words in (*failing, ("--trainer.devices", "1"), ())]
+    lines = [[*line, "--output_dir", str(tmp_path / str(number))] for number, line in enumerate(lines)]
     (tmp_path / "commands.json").write_text(json.dumps(lines))
     done = run((sys.executable, "tests/integration/one_by_one.py"), [str(tmp_path / "commands.json")])
-    assert done.stdout.splitlines()[-1] == "codes 1 1 0 0", done.stdout + done.stderr
-    assert told(done) == ["error: rank 1: a record is bad.", "error: a record is bad."]
+    *printed, codes = done.stdout.split(one_by_one.END)
+    assert codes.strip() == "codes 1 1 1 1 1 1 0 0", done.stdout + done.stderr
+    for message, said, shown in zip(failing.values(), done.stderr.split(one_by_one.END), printed, strict=False):
+        assert "trained to step" not in shown
+        if message == BY_CHANCE:
+            assert said.count(message) == said.count("Traceback") == 1, said
+        else:
+            assert said.startswith(message) and said.count("\n") == 1, said
+    assert all("trained to step" in shown for shown in printed[-2:])
 
 
 def test_under_torchrun_an_error_of_all_is_told_once(
