@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 
 import lightning.pytorch.cli  # noqa: F401  # so that its loggers are there to be quietened
@@ -19,6 +20,22 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "in
 
 torch.set_num_threads(1)  # two cores, and tests may run side by side
 quieten()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let two workers end at about the same time.
+
+    Each gets half of the list, and takes over the later part of what the other has left. So each half begins with
+    files of long tests, which stay together for what they share, and ends with short tests.
+    """
+    long: dict[Path, list[pytest.Item]] = {}
+    short = []
+    for item in items:
+        here = item.path.parent.name in ("examples", "integration")
+        (long.setdefault(item.path, []) if here else short).append(item)
+    first, second = (list(chain(*list(long.values())[start::2])) for start in (0, 1))
+    begun = max(0, len(items) // 2 - len(first))
+    items[:] = [*first, *short[:begun], *second, *short[begun:]]
 
 
 @pytest.fixture(scope="session", autouse=True)
