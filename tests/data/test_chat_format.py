@@ -125,7 +125,7 @@ def test_the_format_is_the_one_on_the_page(tokenizer: PreTrainedTokenizerBase) -
 def test_render_is_what_the_chat_template_renders(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation
 ) -> None:
-    assert ChatFormat(tokenizer).render(conversation) == by_template(tokenizer, conversation.turns)
+    assert chat_format(tokenizer).render(conversation) == by_template(tokenizer, conversation.turns)
 
 
 def test_the_chat_template_takes_the_usual_role_names_and_refuses_others(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -148,7 +148,7 @@ def test_ids_before_the_first_answer_are_the_tokenizers_for_the_rendered_prompt(
     prompt = by_template(tokenizer, history, ask=True)
     found = encoded(tokenizer, conversation)
     assert found.input_ids[: found.supervised.index(1)] == one_string(tokenizer, prompt)
-    assert ChatFormat(tokenizer).encode_prompt(history) == one_string(tokenizer, prompt)
+    assert chat_format(tokenizer).encode_prompt(history) == one_string(tokenizer, prompt)
 
 
 @some_conversation
@@ -164,12 +164,11 @@ def test_supervised_ids_decode_to_the_answers_each_with_its_eos(
 @some_conversation
 @checked
 def test_all_ids_decode_to_the_conversation(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> None:
-    chat_format = ChatFormat(tokenizer)
     parts = [
         as_the_tokenizer_reads(tokenizer, part.text) + ("<|endoftext|>" if part.answer else "")
-        for part in chat_format.segments(conversation)
+        for part in chat_format(tokenizer).segments(conversation)
     ]
-    assert tokenizer.decode(chat_format.encode([conversation])[0].input_ids) == "".join(parts)
+    assert tokenizer.decode(encoded(tokenizer, conversation).input_ids) == "".join(parts)
 
 
 @given(conversation=conversations(CONTENTS), mode=st.sampled_from(["sft", "pretrain"]))
@@ -177,12 +176,11 @@ def test_all_ids_decode_to_the_conversation(tokenizer: PreTrainedTokenizerBase, 
 def test_a_prompt_with_history_is_a_prefix_of_the_training_ids(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation, mode: str
 ) -> None:
-    chat_format = ChatFormat(tokenizer, tokenize_mode=mode)
-    ids = chat_format.encode([conversation])[0].input_ids
+    ids = encoded(tokenizer, conversation, mode).input_ids
     answer_starts = [0]
     for i, turn in enumerate(conversation.turns):
         if turn.role == "bot":
-            prompt = chat_format.encode_prompt(conversation.turns[:i])
+            prompt = chat_format(tokenizer, mode).encode_prompt(conversation.turns[:i])
             assert ids[: len(prompt)] == prompt
             assert len(prompt) > answer_starts[-1]
             answer_starts.append(len(prompt))
@@ -194,7 +192,7 @@ def test_a_prompt_with_history_is_a_prefix_of_the_training_ids(
 @given(several=st.lists(conversations(CONTENTS), max_size=4))
 @settings(deadline=None, max_examples=30)
 def test_a_batch_is_encoded_as_each_alone(tokenizer: PreTrainedTokenizerBase, several: list[Conversation]) -> None:
-    assert ChatFormat(tokenizer).encode(several) == [encoded(tokenizer, one) for one in several]
+    assert chat_format(tokenizer).encode(several) == [encoded(tokenizer, one) for one in several]
 
 
 # --- text is data
@@ -224,7 +222,7 @@ def test_a_control_token_in_every_content_stays_text(tokenizer: PreTrainedTokeni
 
 @pytest.mark.parametrize("text", CONTROL)
 def test_a_control_token_in_a_prompt_or_plain_text_stays_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    prompt = ChatFormat(tokenizer).encode_prompt([Turn("human", text)])
+    prompt = chat_format(tokenizer).encode_prompt([Turn("human", text)])
     assert not set(prompt) & set(tokenizer.all_special_ids)
     plain = encoded(tokenizer, Conversation(text=text), "pretrain").input_ids
     assert not set(plain[:-1]) & set(tokenizer.all_special_ids)
