@@ -28,7 +28,8 @@ from mft_lightning.cli import COMMANDS
 ROOT = Path(__file__).resolve().parents[2]
 LOCALHOST = "127.0.0.1"
 _FORKING = multiprocessing.get_context("forkserver")
-_FORKING.set_forkserver_preload([__name__, *(function.partition(":")[0] for function, _ in COMMANDS.values())])
+_LATER = ("peft", "torch.utils.tensorboard", "transformers.models.gpt_neox.modeling_gpt_neox")  # than a run's start
+_FORKING.set_forkserver_preload([__name__, *(name.partition(":")[0] for name, _ in COMMANDS.values()), *_LATER])
 
 
 def start(words: Sequence[str], environment: Mapping[str, str], *streams: int) -> BaseProcess:
