@@ -1,8 +1,13 @@
-"""One process, DDP and FSDP2 take the same steps, and go on from each other's checkpoints."""
+"""One process, DDP and FSDP2 take the same steps, and go on from each other's checkpoints.
+
+That a run with dropout ends with the same bits after a resume is shown on two ranks, by DDP and by FSDP2;
+``MFT_WHOLE_MATRIX=1`` shows it on four too.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +17,7 @@ from tests.integration.conftest import checkpoints, metrics, same_weights, weigh
 from tests.integration.layouts import apart, differ, in_series
 
 KINDS = ("full", "lora")
+WHOLE = "MFT_WHOLE_MATRIX" in os.environ
 LAYOUTS = {"ddp2": ("ddp", 2), "fsdp2": ("fsdp", 2), "fsdp4": ("fsdp", 4)}
 STEPS, LOSS, WEIGHTS = 10, 1e-5, 1e-9  # what is run, and what may differ: relative in float32, absolute in float64
 # four micro-batches a step in one process; validated in between, so that new bests save at the same steps
@@ -57,6 +63,7 @@ def test_a_layout_takes_the_steps_of_one_process(
     layout: str,
 ) -> None:
     strategy, ranks = LAYOUTS[layout]
+    resumed = ranks == 2 or WHOLE
     lines = []
 
     def run(name: str, kind: str, *words: str) -> None:
@@ -67,6 +74,8 @@ def test_a_layout_takes_the_steps_of_one_process(
         run(f"{kind}32", kind, *_of(kind))
         run(f"{kind}64", kind, *_of(kind), *FLOAT64)
         run(f"{kind}64-from-one", kind, *_of(kind), *FLOAT64, "--ckpt_path", str(one_process / f"{kind}64" / HALF))
+        if not resumed:
+            continue
         dropping = ("--model.pretrained_model_path", str(dropping_model), "--evaluation.strategy", "none")
         run(f"{kind}-dropping", kind, *dropping, "--checkpoint.save_total_limit", "null")
         run(f"{kind}-resumed", kind, *dropping, "--ckpt_path", str(tmp_path / f"{kind}-dropping" / HALF))
@@ -81,7 +90,8 @@ def test_a_layout_takes_the_steps_of_one_process(
         for name in (f"{kind}64", f"{kind}64-from-one"):
             assert apart(reference, weights(tmp_path / name / f"step-{STEPS:08d}")) < WEIGHTS, name
         last = f"step-{STEPS:08d}"
-        assert same_weights(tmp_path / f"{kind}-dropping" / last, tmp_path / f"{kind}-resumed" / last)
+        if resumed:
+            assert same_weights(tmp_path / f"{kind}-dropping" / last, tmp_path / f"{kind}-resumed" / last)
         from_there = ("--ckpt_path", str(tmp_path / f"{kind}64" / HALF))
         back = fit(tmp_path / f"{kind}-back", *COMMON, *_of(kind), *FLOAT64, *from_there, config=f"{kind}.yaml")
         assert apart(reference, weights(back / f"step-{STEPS:08d}")) < WEIGHTS
