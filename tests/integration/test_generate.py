@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft_lightning.cli import main
+from mft_lightning.training.checkpoint_dirs import read_metadata, write_metadata
 from tests.integration import preloaded
 from tests.integration.conftest import read_terminal, user_environment
 
@@ -185,9 +186,9 @@ def test_punctuation_is_normalized_where_training_did(ask: Ask, checkpoint: Path
     assert ask(*asked) != ask("--prompt", prompt)
     model = tmp_path / "normalizing"
     shutil.copytree(checkpoint, model)
-    metadata = json.loads((model / "checkpoint.json").read_text())
+    metadata = read_metadata(model)
     metadata["chat_format"]["normalize_punctuation"] = True
-    (model / "checkpoint.json").write_text(json.dumps(metadata))
+    write_metadata(model, metadata)
     assert ask(*asked, model=model) == ask("--prompt", prompt)
     file = written(tmp_path / "asked.jsonl", [{"prompt": full}])
     assert json.loads(ask("--input", str(file), model=model))["prompt"] == full
