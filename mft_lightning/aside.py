@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,11 +13,12 @@ UNFINISHED = ".unfinished"  # ends the name of what is being written or removed;
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, *, replace_directory: bool = False) -> Iterator[Path]:
     """Where to write what is to stand at ``path``: nothing is there until the block has ended without an error.
 
     Args:
         path: a file, which is replaced, or a directory, which must not be there yet. Missing parents are made.
+        replace_directory: a directory that is there is moved away just before, and then removed.
 
     Yields:
         A path beside it, on which nothing is; the block makes a file or a directory there.
@@ -31,18 +32,27 @@ def written_aside(path: Path) -> Iterator[Path]:
     try:
         yield aside
         _sync_tree(aside)
-        aside.replace(path)
+        if replace_directory and path.is_dir():
+            remove_directory(path, meanwhile=lambda: aside.rename(path))
+        else:
+            aside.replace(path)
     except BaseException:
         _remove(aside)
         raise
     sync(path.parent)
 
 
-def remove_directory(path: Path) -> None:
-    """Remove a directory so that a part of it never stands under its name."""
-    aside = _aside(path)
+def remove_directory(path: Path, meanwhile: Callable[[], object] = lambda: None) -> None:
+    """Remove a directory so that a part of it never stands under its name.
+
+    Args:
+        path: the directory.
+        meanwhile: done when nothing has its name any more.
+    """
+    aside = path.with_name(f".{path.name}.removed{UNFINISHED}")
     _remove(aside)
     path.rename(aside)
+    meanwhile()
     _remove(aside)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import importlib
 import io
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from mft_lightning import __version__, ranks
-from mft_lightning.errors import UserError, first_line
+from mft_lightning.errors import FULL_DISK, UserError, first_line
 
 # name -> (module:function, what it does); a command is imported only when it is called
 COMMANDS = {
@@ -101,7 +100,7 @@ def _message(error: Exception, command: str) -> str | None:
     if isinstance(error, BrokenPipeError) and ranks.is_first():
         return "standard output was closed."
     again = ranks.GO_ON if command == "fit" else ""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
         where = f"{error.filename}: cannot be written" if error.filename else "a file cannot be written"
         return f"{where} ({error.strerror}). Free some space or mend the file system.{again}"
     if ranks.is_lost_peer(error):

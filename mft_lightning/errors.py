@@ -1,6 +1,9 @@
 """The errors a user is meant to read: what is wrong, where, and what to do about it."""
 
+import errno
 from collections.abc import Sequence
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # what no program can write through
 
 
 class UserError(Exception):

@@ -2,10 +2,12 @@
 
 import logging
 import re
+import threading
 import warnings
 
 import transformers
 
+from mft_lightning.errors import FULL_DISK
 from mft_lightning.ranks import is_first
 
 _WARNINGS = (
@@ -43,12 +45,20 @@ def quieten() -> None:
     ]:
         logging.getLogger(name).addFilter(_is_news)  # a filter is kept once, however often it is added
     transformers.utils.logging.disable_progress_bar()
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _tell_of_thread
     if not is_first():  # the first rank says the same
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
         return
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def _tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's thread where the disk is full: it hands the error on, and the run tells of it."""
+    if not (isinstance(failed.exc_value, OSError) and failed.exc_value.errno in FULL_DISK):
+        threading.__excepthook__(failed)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

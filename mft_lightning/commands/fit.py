@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from mft_lightning import ranks
@@ -20,7 +21,7 @@ from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
-from mft_lightning.screen import duration, json_line, say
+from mft_lightning.screen import duration, json_line, say, shown
 from mft_lightning.training.balancing import check_balancing
 from mft_lightning.training.checkpoint_choice import find_checkpoints, resolve_checkpoint
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo, is_named
@@ -81,8 +82,8 @@ def _fit(config: RunConfig) -> None:
     notes = _load(checkpoint_io, resumed.path, config) if resumed is not None else []
     total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])
     if resumed is not None and resumed.step >= total_steps:
-        if ranks.is_first():  # the run may have been killed right after its last save
-            settings.checkpoint.retention(config.output_dir, validated=settings.evaluation.enabled).settle()
+        if ranks.is_first():
+            _settle(config, resumed)
         print(
             f"nothing to do: {resumed.path.name} is at the end, raise trainer.max_steps or trainer.max_epochs to go on"
         )
@@ -130,6 +131,17 @@ def _load(checkpoint_io: HFCheckpointIO, path: Path, config: RunConfig) -> list[
         return []
     set_position(checkpoint, datamodule.plan.steps_per_epoch)
     return [f"note: goes on although {'; '.join(changes)}. {LOST}", ""]
+
+
+def _settle(config: RunConfig, resumed: CheckpointInfo) -> None:
+    """Do what a process that was killed right after its last save had still to do; remove nothing by other settings."""
+    settings, directory = config.settings, config.output_dir
+    names = ("save_total_limit", "trainer_state", "monitor", "mode")
+    file = directory / "config.yaml"
+    saved = yaml.safe_load(file.read_text(encoding="utf-8"))["checkpoint"] if file.is_file() else {}
+    same = all(saved.get(name, ...) == getattr(settings.checkpoint, name) for name in names)
+    if same and find_checkpoints(directory)[-1:] == [resumed]:
+        settings.checkpoint.retention(directory, validated=settings.evaluation.enabled).settle()
 
 
 def _tell_outcome(config: RunConfig, trainer: L.Trainer, total_steps: int, seconds: float) -> None:
@@ -200,9 +212,13 @@ def _resumed(config: RunConfig) -> CheckpointInfo | None:
         resumed = resolve_checkpoint(given, output_dir, checkpoint.monitor, checkpoint.mode, to_resume=True)
         if resumed is None:
             print(f"--ckpt_path last: no checkpoint in {output_dir} yet; starting at step 0.", flush=True)
-        own = (output_dir.resolve(), (output_dir / SUPERSEDED).resolve())
-        if resumed is None or resumed.path.resolve().parent in own:
+        if resumed is None or resumed.path.resolve().parent == output_dir.resolve():
             return resumed
+        if resumed.path.resolve().parent == (output_dir / SUPERSEDED).resolve():
+            raise UserError(
+                f"--ckpt_path: {shown(resumed.path)} was superseded: the run in {shown(output_dir)} and its curves "
+                "went another way. Go on from it with --output_dir DIR."
+            )
     if _holds_run(output_dir):
         raise UserError(
             f"output_dir: {output_dir} holds a run already. Go on with it by --ckpt_path last, or start another one "

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.tokenizer import load_tokenizer
 from mft_lightning.errors import UserError, first_line
+from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.build import adapter_base, is_adapter
 from mft_lightning.model.export import adapter_dtype, base_digest
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
@@ -52,7 +53,8 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
         metadata = read_metadata(directory)
     if is_adapter(directory):
         model = _with_adapter(directory, key, base, metadata)
-        model = model if dtype == "auto" else model.to(getattr(torch, dtype))
+        with unsaved_buffers_kept(model):
+            model = model if dtype == "auto" else model.to(getattr(torch, dtype))
     else:
         model = _pretrained(directory, f"{key} {directory}", dtype)
     tokenizer = load_tokenizer(str(directory))

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mft_lightning.errors import NotYetError, UserError, first_line
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
+from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.settings import LoraSettings
@@ -125,7 +126,8 @@ def build_causal_lm(source: ModelSource) -> PreTrainedModel:
         if source.init == "random":
             with seeded(source.seed):
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-            return model.to(source.dtype).train()
+            with unsaved_buffers_kept(model):
+                return model.to(source.dtype).train()
         loaded = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=source.dtype, output_loading_info=True, **options
         )

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -319,7 +320,7 @@ class MFTModule(L.LightningModule):
         state = dict(checkpoint.get("balancer", {}))
         if {key: state.pop(key, None) for key in self._balanced()} == self._balanced():
             self.balancer.load_state_dict(state)
-        elif self.balancer.learns and ranks.is_first():
+        elif self.balancer.learns and ranks.is_first() and self.trainer.state.fn == TrainerFn.FITTING:
             print(f"weights of tasks: {self.balancer.name} starts anew; the checkpoint has none of it for these tasks.")
 
     def _balanced(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from mft_lightning.data.collate import MicroBatch
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.attention import packed_row_arguments
+from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.head_loss import head_loss
 from mft_lightning.model.objective import Objective
 
@@ -58,6 +59,11 @@ class SupervisedLM(nn.Module):
         self.model = model
         self.objective = objective
         self.logit_budget = logit_budget
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As Lightning's bf16-true casts the weights."""
+        with unsaved_buffers_kept(self):
+            return super()._apply(fn, recurse)
 
     @property
     def causal_lm(self) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from mft_lightning.model.export import base_state, save_causal_lm
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.step_result import StepResult
 from mft_lightning.training.checkpoint import CheckpointSettings
+from mft_lightning.training.retention import supersede
 from mft_lightning.training.skipped_steps import SkippedSteps
 from mft_lightning.training.stages import is_run_end
 
@@ -150,19 +151,26 @@ class EarlyStoppingSettings:
 class RandomBase(L.Callback):
     """Writes the random base of a LoRA run once, for the adapters to name, before a strategy shards it.
 
-    That a resumed run draws the same base is checked by its digest (``same_run.py``), before anything starts.
+    That a resumed run draws the same base is checked by its digest (``same_run.py``), before anything starts. A run
+    that was killed before its first checkpoint, and starts anew, may draw another one.
+
+    Args:
+        directory: of the base.
+        resumed: whether the run goes on from a checkpoint.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, *, resumed: bool) -> None:
+        self.directory, self.resumed = directory, resumed
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = cast(MFTModule, pl_module)
         network = module.network
         assert network is not None
         written = (self.directory / "config.json").is_file()
-        if written or not trainer.is_global_zero or not has_adapters(network.model):
+        if (written and self.resumed) or not trainer.is_global_zero or not has_adapters(network.model):
             return
+        if self.directory.exists():
+            supersede(self.directory)
         with written_aside(self.directory) as aside:
             aside.mkdir()
             save_causal_lm(network.causal_lm, base_state(network.model), aside)

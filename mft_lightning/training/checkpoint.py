@@ -141,8 +141,8 @@ class HFModelCheckpoint(ModelCheckpoint):
 
     def _is_new_best(self, trainer: L.Trainer) -> bool:
         metrics = self._metrics(trainer)
-        if self.monitor is None or self.monitor not in metrics:
-            return False
+        if self.monitor is None or self.monitor not in metrics or self.settings.save_total_limit == 1:
+            return False  # one that stays alone is the latest, and is no measure for those after it
         here = CheckpointInfo(Path(), trainer.global_step, metrics=metrics)
         best = trainer.is_global_zero and self.retention.best([*self._known(), here])
         return trainer.strategy.broadcast(best is here)

@@ -26,28 +26,26 @@ class Checkpoints:
 
     Attributes:
         whole: those that have all their files, in their sizes.
-        damaged: the others, each with what is wrong with it.
+        damaged: those that have not, each with what is wrong with it.
+        foreign: those of another version of this program, each with what to say of it.
     """
 
     whole: list[CheckpointInfo]
     damaged: dict[Path, str]
+    foreign: dict[Path, str]
 
 
 def look_through(output_dir: Path) -> Checkpoints:
-    """All checkpoints of a run; what else one keeps beside them is not looked at.
-
-    Raises:
-        OtherFormatError: one is of another version.
-    """
-    whole, damaged = [], {}
+    """All checkpoints of a run; what else one keeps beside them is not looked at."""
+    whole, damaged, foreign = [], {}, {}
     for directory in sorted(path for path in output_dir.glob("step-*") if path.is_dir() and is_named(path)):
         try:
             whole.append(read_checkpoint(directory))
-        except OtherFormatError:
-            raise
+        except OtherFormatError as error:
+            foreign[directory] = str(error)
         except UserError as error:
             damaged[directory] = str(error)
-    return Checkpoints(sorted(whole, key=lambda info: info.step), damaged)
+    return Checkpoints(sorted(whole, key=lambda info: info.step), damaged, foreign)
 
 
 def find_checkpoints(output_dir: Path) -> list[CheckpointInfo]:
@@ -82,10 +80,12 @@ def resolve_checkpoint(
     Raises:
         UserError: no such checkpoint, or one that is not as it was written.
     """
+    found = look_through(output_dir)
+    if ckpt_path in ("last", "best") and found.foreign:
+        raise OtherFormatError(next(iter(found.foreign.values())))
     if ckpt_path == "last":
-        return _newest_whole(output_dir, to_resume)
+        return _newest_whole(found, output_dir, to_resume)
     if ckpt_path == "best":
-        found = look_through(output_dir)
         best = find_best(found.whole, monitor, mode)
         if best is None:
             raise UserError(f"--ckpt_path best: no checkpoint in {output_dir} has been validated by {monitor}.")
@@ -97,8 +97,7 @@ def resolve_checkpoint(
     return _checked(directory.resolve(), to_resume)
 
 
-def _newest_whole(output_dir: Path, to_resume: bool) -> CheckpointInfo | None:
-    found = look_through(output_dir)
+def _newest_whole(found: Checkpoints, output_dir: Path, to_resume: bool) -> CheckpointInfo | None:
     faults = dict(found.damaged)
     chosen = None
     for info in reversed(found.whole):

@@ -85,16 +85,18 @@ def read_metadata(directory: Path) -> dict[str, Any]:
         raise UserError(f"{shown(directory)}: is no checkpoint ({METADATA}: {error}).") from error
     if not isinstance(metadata, dict):
         raise UserError(f"{shown(file)}: is no checkpoint's description.")
+    checksum = metadata.pop("sha256", None)
+    if checksum not in (None, _checksum_of(metadata)):
+        raise UserError(f"{shown(file)}: is damaged: it is not as it was written (SHA-256).")
     if (version := metadata.get("format")) != FORMAT_VERSION:
         raise OtherFormatError(
             f"{shown(file)}: format {version!r} is not {FORMAT_VERSION}, the one this version reads. Use the version "
             "of mft_lightning that wrote it."
         )
     wrong = [key for key, kind in FIELDS.items() if not isinstance(metadata.get(key), kind)]
+    wrong += ["sha256"] if checksum is None else []
     if wrong:
         raise UserError(f"{shown(file)}: is damaged ({', '.join(wrong)}).")
-    if metadata.pop("sha256", None) != _checksum_of(metadata):
-        raise UserError(f"{shown(file)}: is damaged: it is not as it was written (SHA-256).")
     return metadata
 
 
@@ -106,10 +108,11 @@ def read_checkpoint(directory: Path) -> CheckpointInfo:
     """
     metadata = read_metadata(directory)
     for name, written in metadata["files"].items():
-        file = directory / name
-        if not file.is_file():
-            raise UserError(f"{shown(directory)}: is damaged: {name} is missing.")
-        if (size := file.stat().st_size) != written["bytes"]:
+        try:
+            size = (directory / name).stat().st_size
+        except OSError as error:  # or removed by another thread just now
+            raise UserError(f"{shown(directory)}: is damaged: {name} is missing.") from error
+        if size != written["bytes"]:
             raise UserError(f"{shown(directory)}: is damaged: {name} has {size:,} bytes of {written['bytes']:,}.")
     return CheckpointInfo(
         directory, metadata["step"], metadata["epoch_end"], metadata["metrics"], TRAINER_STATE in metadata["files"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import tempfile
 from collections.abc import Callable, Mapping
@@ -22,9 +23,8 @@ from mft_lightning.aside import remove_directory, written_aside
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.export import ModelWriter, load_state
 from mft_lightning.model.module import NETWORK, MFTModule
-from mft_lightning.screen import shown
+from mft_lightning.screen import printable, shown
 from mft_lightning.training.background import Background
-from mft_lightning.training.checkpoint_choice import STATE_DROPPED
 from mft_lightning.training.checkpoint_dirs import (
     FORMAT_VERSION,
     METADATA,
@@ -143,15 +143,14 @@ class HFCheckpointIO(CheckpointIO):
         assert self._write_model is not None
         state = {name.removeprefix(NETWORK): value for name, value in checkpoint["state_dict"].items()}
         try:
-            if path.exists():
-                remove_directory(path)
-            with written_aside(path) as aside:
+            with written_aside(path, replace_directory=True) as aside:
                 aside.mkdir()
                 self._write_model(state, aside)
                 for name, contents in self._files.items():
                     (aside / name).write_bytes(contents)
                 trainer_state = {key: value for key, value in checkpoint.items() if key != "state_dict"}
                 torch.save(trainer_state, aside / TRAINER_STATE)
+                _check_loads(trainer_state, aside / TRAINER_STATE)
                 write_metadata(aside, metadata)
             options.afterwards()
         except CANNOT_WRITE as error:
@@ -163,26 +162,29 @@ class HFCheckpointIO(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Lightning's dictionary again; nothing is unpickled that ``weights_only`` would refuse."""
+        """Lightning's dictionary again; nothing is unpickled that ``weights_only`` would refuse.
+
+        Without the trainer's state, where that was dropped: enough to measure the model, not to go on.
+        """
         path = Path(path)
         if path in self._preloaded:
             return self._preloaded.pop(path)
         info = read_checkpoint(path)
-        if not info.resumable:
-            raise UserError(f"{path}: {STATE_DROPPED}")
         assert self.module.network is not None
+        state = load_state(self.module.network.model, path)
+        weights = {"state_dict": {NETWORK + name: value for name, value in state.items()}}
+        if not info.resumable:
+            return {"global_step": info.step, "pytorch-lightning_version": L.__version__, **weights}
         try:
             checkpoint = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path / TRAINER_STATE}: is damaged ({first_line(error)}).") from error
+            raise UserError(f"{path / TRAINER_STATE}: is damaged ({printable(first_line(error))}).") from error
         if not isinstance(checkpoint, dict) or (missing := TRAINER_KEYS - checkpoint.keys()):
             what = f"lacks {', '.join(sorted(missing))}" if isinstance(checkpoint, dict) else "is no dictionary"
             raise UserError(f"{path / TRAINER_STATE}: is damaged ({what}).")
         if checkpoint["global_step"] != info.step:
             raise UserError(f"{path}: {TRAINER_STATE} is of step {checkpoint['global_step']}, {METADATA} of another.")
-        state = load_state(self.module.network.model, path)
-        checkpoint["state_dict"] = {NETWORK + name: value for name, value in state.items()}
-        return checkpoint
+        return {**checkpoint, **weights}
 
     def remove_checkpoint(self, path: str | Path) -> None:
         remove_directory(Path(path))
@@ -204,4 +206,30 @@ def _copied(value: Any) -> Any:
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
         return {key: _copied(item) for key, item in value.items()}
-    return type(value)(map(_copied, value)) if isinstance(value, (list, tuple)) else value
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
+
+
+def _check_loads(trainer_state: dict[str, Any], file: Path) -> None:
+    """Refuse at the first save what no resume could load: an object in the state of a user's callback, say."""
+    try:
+        torch.load(file, weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        parts = {key: value for key, value in trainer_state.items() if key != "callbacks"}
+        parts |= {f"callbacks, {name}": state for name, state in trainer_state["callbacks"].items()}
+        faulty = [name for name, value in parts.items() if not _loads(value)]
+        raise UserError(
+            f"a checkpoint of this run could not be loaded again: the state of {', '.join(faulty)} holds other things "
+            "than numbers, text, tensors, lists and dictionaries, which weights_only refuses. Mend that callback's "
+            "state_dict, or leave it out."
+        ) from error
+
+
+def _loads(value: Any) -> bool:
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    stream.seek(0)
+    try:
+        torch.load(stream, weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True

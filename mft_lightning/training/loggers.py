@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mft_lightning.aside import written_aside
+from mft_lightning.errors import UserError
+from mft_lightning.ranks import GO_ON
 from mft_lightning.screen import say, shown
 from mft_lightning.training.progress import Pace
 
@@ -37,7 +40,37 @@ class Curves(TensorBoardLogger):
         if self._experiment is not None and not Path(self.log_dir).is_dir():
             say(f"note: {shown(Path(self.log_dir))} was removed under the run, and is begun anew.")
             self._experiment = None
-        super().log_metrics(metrics, step)
+        with _told(Path(self.log_dir)):
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        with _told(Path(self.log_dir)):
+            super().save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        with _told(Path(self.log_dir)):
+            super().finalize(status)
+
+
+@contextmanager
+def _told(directory: Path) -> Iterator[None]:
+    """What the disk refuses to TensorBoard's thread, and Lightning takes for a value that cannot be logged, as it is.
+
+    Raises:
+        UserError: with the directory, the reason, and the way on.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"{shown(directory)}: the curves cannot be written ({cause.strerror}). Free some space or mend the file "
+            f"system.{GO_ON}"
+        ) from error
 
 
 class PlainLines(Logger):
@@ -135,7 +168,8 @@ class MetricsCSV(Logger):
         if not self.file.is_file():
             return []
         with self.file.open(newline="") as handle:
-            return list(csv.DictReader(handle))
+            whole = [line for line in handle if line.endswith("\n")]  # a kill may have cut the last one
+        return list(csv.DictReader(whole))
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, str]]) -> None:
         self._columns = columns

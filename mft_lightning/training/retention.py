@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from mft_lightning.aside import remove_directory, remove_unfinished, written_aside
+from mft_lightning.errors import UserError
 from mft_lightning.screen import say, shown
 from mft_lightning.training.checkpoint_choice import find_best, find_checkpoints, look_through
 from mft_lightning.training.checkpoint_dirs import (
@@ -47,7 +47,7 @@ class Retention:
         self._clear()
         for directory in self.output_dir.glob("step-*"):
             if directory.is_dir() and is_named(directory) and int(directory.name.removeprefix("step-")) > step:
-                self.supersede(directory)
+                supersede(directory)
         self.point()
 
     def settle(self) -> None:
@@ -59,14 +59,6 @@ class Retention:
         remove_unfinished(self.output_dir)
         for directory in self.output_dir.glob("step-*"):
             remove_unfinished(directory)
-
-    def supersede(self, directory: Path) -> None:
-        """Move a checkpoint aside whose step is taken again; an earlier one of that step goes."""
-        target = self.output_dir / SUPERSEDED / directory.name
-        target.parent.mkdir(exist_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
-        directory.rename(target)
 
     def apply(self) -> None:
         """After a checkpoint was put in place: move the links, then drop what is no longer to be kept."""
@@ -111,6 +103,22 @@ class Retention:
             remove_directory(directory)
         except OSError as error:
             self._tell(f"note: {shown(directory)} could not be removed ({error}).")
+
+
+def supersede(directory: Path) -> None:
+    """Move aside what is made again now; an earlier one of that name goes.
+
+    Raises:
+        UserError: something is in the way.
+    """
+    target = directory.parent / SUPERSEDED / directory.name
+    try:
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            remove_directory(target)
+        directory.rename(target)
+    except OSError as error:
+        raise UserError(f"{shown(directory)}: cannot be moved to {shown(target.parent)} ({error}).") from error
 
 
 def expired(

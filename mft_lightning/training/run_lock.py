@@ -39,7 +39,7 @@ def only_run_in(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(FileNotFoundError):  # someone may have removed the directory
+        if _is_at(descriptor, directory / LOCK):  # else someone has removed it, and it may be another run's
             (directory / LOCK).unlink()
         os.close(descriptor)
         _remove(made)

@@ -32,10 +32,10 @@ class GracefulStop(L.Callback):
     _interrupts: Interrupts | None = None
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()
+        self._listen(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._listen()
+        self._listen(trainer)
         self.agree(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -69,9 +69,13 @@ class GracefulStop(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end_listening()
 
-    def _listen(self) -> None:
+    def _listen(self, trainer: L.Trainer) -> None:
         for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(signum, self._receive)
+        heard_before = trainer._signal_connector
+        if heard_before.received_sigterm:  # by Lightning, which would end the run after a step, without saving it
+            heard_before.received_sigterm = False
+            self.received = self.received or signal.SIGTERM
         self._interrupts = self._interrupts or Interrupts()
 
     def _end_listening(self) -> None:

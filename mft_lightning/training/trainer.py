@@ -128,7 +128,7 @@ def fit_trainer(
     skipped = SkippedSteps(output_dir / SKIPPED_STEPS)
     callbacks += [StepLogging(keys["log_every_n_steps"], skipped), skipped, Balancing(checkpoint_io.module.coba)]
     if checkpoint_io.module.source.init == "random":
-        callbacks.append(RandomBase(output_dir / "base"))
+        callbacks.append(RandomBase(output_dir / "base", resumed=resumed_step > 0))
     if settings.early_stopping.patience != -1:
         callbacks.append(settings.early_stopping.callback(settings.checkpoint))
     if evaluation is not None:

@@ -9,6 +9,7 @@ import time
 from typing import Literal
 
 import lightning as L
+import numpy as np
 import torch
 
 from mft_lightning.errors import UserError
@@ -140,3 +141,29 @@ class LateWrites(L.Callback):
             write(*given)
 
         checkpoint_io._write_model = late
+
+
+class StateOfObjects(L.Callback):
+    """A user's callback with a state that only unpickling of any code could load."""
+
+    def state_dict(self) -> dict[str, object]:
+        return {"best": np.float64(1)}
+
+
+class EarlySignal(L.Callback):
+    """SIGTERM before the first step.
+
+    Args:
+        hook: where.
+    """
+
+    def __init__(self, hook: Literal["train_start", "sanity_check_start"]) -> None:
+        self.hook = hook
+
+    def on_sanity_check_start(self, trainer: L.Trainer, *args: object) -> None:
+        if self.hook == "sanity_check_start":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_train_start(self, trainer: L.Trainer, *args: object) -> None:
+        if self.hook == "train_start":
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ import pytest
 
 from mft_lightning.cli import main
 from mft_lightning.training.checkpoint_choice import find_checkpoints, look_through
-from mft_lightning.training.checkpoint_dirs import verify
+from mft_lightning.training.checkpoint_dirs import verify, write_description
 from mft_lightning.training.run_lock import only_run_in
 from tests.integration.conftest import checkpoints, everything, metrics, same_weights
 from tests.training.test_run_lock import started
@@ -147,14 +149,16 @@ def test_a_second_run_in_a_directory_is_refused_and_changes_nothing(
 
 
 def test_a_run_that_only_keeps_the_latest_state_goes_on_from_the_latest_alone(
-    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+    fit: Callable[..., Path], fit_arguments: Callable[..., list[str]], refused: Callable[..., str], tmp_path: Path
 ) -> None:
     words = ("--checkpoint.save_total_limit", "null", "--checkpoint.trainer_state", "latest")
     run = fit(tmp_path / "run", *words)
     assert [path.parent.name for path in run.rglob("trainer.pt")] == ["step-00000008"]
     assert_whole_without_remains(run)
-    message = refused(run, *words, "--ckpt_path", str(run / "step-00000004"))
+    earlier = ("--ckpt_path", str(run / "step-00000004"))
+    message = refused(run, *words, *earlier)
     assert "its trainer state was dropped (checkpoint.trainer_state: latest)" in message
+    assert main(["validate", *fit_arguments(run, *words, *earlier)]) == 0  # which needs the weights alone
     fit(run, *words, "--ckpt_path", "last", "--trainer.max_steps", "9")
     assert [path.parent.name for path in run.rglob("trainer.pt")] == ["step-00000009"]
 
@@ -164,3 +168,72 @@ def test_the_checkpoint_that_was_resumed_from_rotates_like_any_other(fit: Callab
     run = fit(tmp_path / "run", *words, "--trainer.max_steps", "2")
     fit(run, *words, "--trainer.max_steps", "4", "--ckpt_path", "last")
     assert checkpoints(run) == ["step-00000004"]
+
+
+def test_a_start_after_a_kill_draws_its_own_base(fit: Callable[..., Path], tmp_path: Path) -> None:
+    """Of another seed, where the killed run had written its base and no checkpoint yet."""
+    run = fit(tmp_path / "run", "--trainer.max_steps", "1", "--seed_everything", "7", config="lora.yaml")
+    for directory in run.glob("step-*"):
+        shutil.rmtree(directory)
+    fit(run, "--trainer.max_steps", "2", "--ckpt_path", "last", config="lora.yaml")
+    fresh = fit(tmp_path / "fresh", "--trainer.max_steps", "2", config="lora.yaml")
+    assert same_weights(run / "base", fresh / "base") and not same_weights(run / "superseded" / "base", run / "base")
+
+
+def test_a_finished_run_started_again_removes_nothing_by_other_settings(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit(tmp_path / "run", *EVERY_STEP, "--trainer.max_steps", "4")
+    for words in (("last",), (str(run / "step-00000004"), *EVERY_STEP), (str(run / "step-00000003"), *EVERY_STEP)):
+        fit(run, "--trainer.max_steps", "3", "--ckpt_path", *words)
+        assert "nothing to do" in capsys.readouterr().out
+        assert len(checkpoints(run)) == 4
+    shutil.copytree(run / "step-00000004", run / ".step-00000005.unfinished")
+    fit(run, *EVERY_STEP, "--trainer.max_steps", "3", "--ckpt_path", "last")
+    assert_whole_without_remains(run)
+
+
+def test_a_callback_whose_state_no_resume_could_load_is_named_at_the_first_save(
+    fit_arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--trainer.callbacks+=tests.integration.faults.StateOfObjects",)
+    message = fails(["fit", *fit_arguments(tmp_path / "run", *words)], capsys)
+    assert "the state of callbacks, StateOfObjects holds other things than numbers" in message
+    assert_whole_without_remains(tmp_path / "run")
+    assert not checkpoints(tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_version_is_not_passed_over(
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    run = fit(tmp_path / "run", *EVERY_STEP, "--trainer.max_steps", "2")
+    file = run / "step-00000002" / "checkpoint.json"
+    said = json.loads(file.read_text())
+    write_description(file, {**said, "format": 99})
+    assert "format 99 is not" in refused(run, "--ckpt_path", "last")
+    file.write_text(json.dumps({**said, "format": 99}))  # whose checksum tells that this is no version's
+    fit(run, "--ckpt_path", "last", "--trainer.max_steps", "3")
+    assert checkpoints(run)[-1] == "step-00000003"
+
+
+def test_what_was_superseded_goes_on_elsewhere_alone(
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    run = fit(tmp_path / "run", *EVERY_STEP, "--trainer.max_steps", "2")
+    fit(run, *EVERY_STEP, "--trainer.max_steps", "3", "--ckpt_path", str(run / "step-00000001"))
+    old = ("--ckpt_path", str(run / "superseded" / "step-00000002"))
+    assert "was superseded" in refused(run, *old)
+    fit(tmp_path / "new", *old, "--trainer.max_steps", "3")
+
+
+@pytest.mark.parametrize("hook", ["train_start", "sanity_check_start"])
+def test_a_signal_before_the_first_step_ends_the_run_in_order(
+    fit_arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], hook: str
+) -> None:
+    """Where Lightning hears it, and not yet this program."""
+    words = ("--trainer.callbacks+=tests.integration.faults.EarlySignal", "--trainer.callbacks.hook", hook)
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *fit_arguments(tmp_path / "run", *words)])
+    assert ended.value.code == 128 + signal.SIGTERM
+    said = capsys.readouterr().out
+    assert "stopped by SIGTERM" in said and "trained to step 0 of 8" in said

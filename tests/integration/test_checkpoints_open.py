@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from peft import PeftModel
@@ -19,11 +20,38 @@ PROMPT = "Write a function `lower_size` that takes a size and subtracts 3 from i
 
 
 def opened(checkpoint: Path) -> torch.nn.Module:
-    """As a stranger opens it."""
+    """As a stranger opens it; peft would compute with bfloat16 adapters in float32 if it were not told otherwise."""
     if (checkpoint / "adapter_config.json").is_file():
         base = AutoModelForCausalLM.from_pretrained(checkpoint.parent / "base")
-        return PeftModel.from_pretrained(base, checkpoint).eval()
+        return PeftModel.from_pretrained(base, checkpoint, autocast_adapter_dtype=False).eval()
     return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+
+
+IDS = torch.arange(3, 43)[None]  # positions whose angles tell a rounded frequency from an exact one
+
+
+class KeepLogits(L.Callback):
+    """What the model that trained computes at the end of its run."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        model = pl_module.network.model.eval()
+        with torch.no_grad():
+            torch.save(model(input_ids=IDS).logits, self.file)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("config", ["full.yaml", "lora.yaml"])
+def test_its_logits_are_those_of_the_trained_model_to_the_bit(
+    fit: Callable[..., Path], tmp_path: Path, config: str, precision: str
+) -> None:
+    key, file = "--trainer.callbacks", tmp_path / "logits.pt"
+    kept = (f"{key}+={__name__}.KeepLogits", f"{key}.file", str(file), "--trainer.precision", precision)
+    run = fit(tmp_path / "run", *kept, "--trainer.max_steps", "3", config=config)
+    with torch.no_grad():
+        assert torch.equal(opened(run / "step-00000003")(input_ids=IDS).logits, torch.load(file))
 
 
 @pytest.mark.parametrize("config", ["full.yaml", "lora.yaml"])

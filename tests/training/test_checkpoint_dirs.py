@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from mft_lightning.training.checkpoint_choice import (
     find_checkpoints,
     resolve_checkpoint,
 )
-from mft_lightning.training.checkpoint_dirs import CheckpointInfo, directory_name, write_metadata
+from mft_lightning.training.checkpoint_dirs import CheckpointInfo, directory_name, write_description, write_metadata
 from mft_lightning.training.retention import expired
 from mft_lightning.training.same_run import check_same_run
 
@@ -103,7 +104,7 @@ def test_last_without_a_checkpoint_starts_anew_and_others_are_errors(tmp_path: P
 def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 10)
     file = tmp_path / directory_name(10) / "checkpoint.json"
-    file.write_text(file.read_text().replace('"format": 2', '"format": 99'))
+    write_description(file, json.loads(file.read_text()) | {"format": 99})
     with pytest.raises(UserError, match="format 99"):
         resolve_checkpoint("last", tmp_path, "val/loss", "min")
 
