@@ -127,6 +127,16 @@ def _load_full(directory: Path) -> dict[str, Tensor]:
     return model.state_dict()
 
 
+def holds(directory: Path, state: dict[str, Tensor]) -> bool:
+    """Whether a directory holds a whole model of these very weights, bit for bit."""
+    try:
+        found = _load_full(directory)
+    except (OSError, ValueError, RuntimeError, SafetensorError, UserError):
+        return False
+    same = found.keys() == state.keys() and all(found[name].dtype == state[name].dtype for name in found)
+    return same and all(torch.equal(found[name], state[name].cpu()) for name in found)
+
+
 def _load_adapter(model: PeftModel, directory: Path) -> dict[str, Tensor]:
     if not (directory / ADAPTER_FILE).is_file():
         raise UserError(f"{directory}: holds no adapter. Was it saved without model.peft_type: lora?")

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from mft_lightning.aside import written_aside
 from mft_lightning.errors import UserError
 from mft_lightning.model.adapters import has_adapters
-from mft_lightning.model.export import base_state, save_causal_lm
+from mft_lightning.model.export import base_state, holds, save_causal_lm
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.step_result import StepResult
 from mft_lightning.training.checkpoint import CheckpointSettings
@@ -170,6 +170,8 @@ class RandomBase(L.Callback):
         if (written and self.resumed) or not trainer.is_global_zero or not has_adapters(network.model):
             return
         if self.directory.exists():
+            if holds(self.directory, base_state(network.model)):
+                return
             supersede(self.directory)
         with written_aside(self.directory) as aside:
             aside.mkdir()

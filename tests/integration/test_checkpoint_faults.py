@@ -178,6 +178,10 @@ def test_a_start_after_a_kill_draws_its_own_base(fit: Callable[..., Path], tmp_p
     fit(run, "--trainer.max_steps", "2", "--ckpt_path", "last", config="lora.yaml")
     fresh = fit(tmp_path / "fresh", "--trainer.max_steps", "2", config="lora.yaml")
     assert same_weights(run / "base", fresh / "base") and not same_weights(run / "superseded" / "base", run / "base")
+    for directory in fresh.glob("step-*"):
+        shutil.rmtree(directory)
+    fit(fresh, "--trainer.max_steps", "2", "--ckpt_path", "last", config="lora.yaml")
+    assert not (fresh / "superseded").exists()  # the same base stays
 
 
 def test_a_finished_run_started_again_removes_nothing_by_other_settings(
