@@ -213,8 +213,9 @@ def in_a_terminal(
                 start_new_session=True,
             )
         started.append(process)
+        deadline = time.monotonic() + 2 * SOON
         while until not in log.read_text():
-            assert process.poll() is None
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         return process
 
@@ -281,24 +282,25 @@ def test_one_ctrl_c_is_one_though_workers_hear_it_too(
     assert checkpoints(tmp_path / "run") == ["step-00000003"]
 
 
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
 def test_preemption_saves_though_workers_hear_it_too(
-    in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+    in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, signum: signal.Signals
 ) -> None:
-    """SLURM's warning goes to every process; a worker that ended by it would take the run with it."""
+    """SLURM's signals go to every process; a worker that ended by one would take the run with it."""
     alone = ("--trainer.strategy", "auto", "--trainer.devices", "1", "--data.num_workers", "2")
     process = in_a_terminal("step 1/", *alone, *fault("pause", 0))
     time.sleep(1)
-    os.killpg(process.pid, signal.SIGUSR1)
-    assert (process.wait(SOON), process.stderr.read()) == (128 + signal.SIGUSR1, b"")
+    os.killpg(process.pid, signum)
+    assert (process.wait(SOON), process.stderr.read()) == (128 + signum, b"")
     printed = (tmp_path / "printed").read_text()
-    assert "stopped by SIGUSR1" in printed and "go on" in printed
+    assert f"stopped by {signum.name}" in printed and "go on" in printed
     assert checkpoints(tmp_path / "run") == ["step-00000003"]
 
 
 def test_torchrun_passes_sigterm_on_and_the_run_saves(
     in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    process = in_a_terminal("step 1/", "--data.num_workers", "1", *fault("pause", 0), launcher=TORCHRUN)
+    process = in_a_terminal("step 1/", *fault("pause", 0), launcher=TORCHRUN)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=SOON)
