@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,8 +58,8 @@ def write_metadata(directory: Path, metadata: dict[str, Any]) -> None:
     """
     paths = [file for file in sorted(directory.rglob("*")) if file.is_file() and file != directory / METADATA]
     files = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": checksum}
-        for path, checksum in zip(paths, _checksums(paths), strict=True)
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _checksum(path)}
+        for path in paths
     }
     write_description(directory / METADATA, {**metadata, "files": files})
 
@@ -136,19 +135,15 @@ def verify_weights(directory: Path) -> None:
 
 
 def _verify_files(directory: Path, suffix: str) -> None:
-    written = {name: of for name, of in read_metadata(directory)["files"].items() if name.endswith(suffix)}
-    try:
-        found = _checksums([directory / name for name in written])
-    except OSError as error:
-        raise UserError(f"{shown(directory)}: is damaged: {error}.") from error
-    for name, checksum in zip(written, found, strict=True):
-        if checksum != written[name]["sha256"]:
+    for name, written in read_metadata(directory)["files"].items():
+        if not name.endswith(suffix):
+            continue
+        try:
+            found = _checksum(directory / name)
+        except OSError as error:
+            raise UserError(f"{shown(directory)}: is damaged: {error}.") from error
+        if found != written["sha256"]:
             raise UserError(f"{shown(directory)}: is damaged: {name} is not as it was written (SHA-256).")
-
-
-def _checksums(files: list[Path]) -> list[str]:
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return list(pool.map(_checksum, files))
 
 
 def _checksum(file: Path) -> str:

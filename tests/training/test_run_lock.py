@@ -57,7 +57,7 @@ def test_a_forked_worker_that_outlives_a_kill_does_not_hold_it(tmp_path: Path) -
         os.waitpid(child, 0)
         os.kill(worker, 0)  # is there
         with only_run_in(tmp_path):
-            pass
+            assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
     finally:
         os.kill(worker, signal.SIGKILL)
 
