@@ -16,7 +16,7 @@ from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.collate import MicroBatch
 from mft_lightning.data.cores import available_cores
 from mft_lightning.data.corpus import Corpus, load_corpus
-from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps, leave_signals_to_parent
+from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
 from mft_lightning.data.plan import Plan, deal_evaluation, limit_per_task
 from mft_lightning.data.sampling import parse_task_sampling
 from mft_lightning.data.splits import SPLITS, find_shares, nothing_to_evaluate
@@ -25,6 +25,7 @@ from mft_lightning.data.tasks import find_tasks, find_validation_tasks, parse_ta
 from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_cache_dir
 from mft_lightning.data.token_table import TokenTable
 from mft_lightning.data.tokenizer import load_tokenizer, vocabulary_digest
+from mft_lightning.data.workers import loader_options
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.shipped import expanded, shipped_example
 
@@ -320,8 +321,7 @@ class MFTDataModule(L.LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader[MicroBatch]:
         steps = self.evaluation_steps(split, self.evaluated(split))
-        workers = self._workers()
-        return DataLoader(steps, batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_parent)
+        return DataLoader(steps, batch_size=None, **loader_options(self._workers()))
 
     def _workers(self) -> int:
         """Loader processes of this rank, which leave each rank of this machine a core of its own."""

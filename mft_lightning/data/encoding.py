@@ -6,14 +6,13 @@ import hashlib
 import os
 import pickle
 import signal
-import threading
 from array import array
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from mft_lightning.data.chat_encoder import ChatEncoder, Segment
 from mft_lightning.data.lines import Block
 from mft_lightning.data.records import BadRecord, parse_record
 from mft_lightning.data.token_store import schema, unwritable
+from mft_lightning.data.workers import serve_parent
 from mft_lightning.errors import UserError
 
 WAITING = 3  # blocks that are read ahead for each process, so that none waits for its next one
@@ -147,15 +147,7 @@ def _start_process(told: Path) -> None:
     # The processes are the parallelism, but the library's own thread is a third faster than this one: what it allocates
     # it takes from a heap that nothing else is in.
     os.environ.update(TOKENIZERS_PARALLELISM="true", RAYON_NUM_THREADS="1")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    serve_parent(signal.SIGINT)
 
 
 def _encode_there(block: Block) -> pa.RecordBatch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -12,15 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mft_lightning.data.collate import MicroBatch, StepBatch, collate, collate_step
 from mft_lightning.data.plan import Plan
 from mft_lightning.data.token_table import TokenTable
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """What a loader's worker does with signals that end a run in order: nothing, for its batches are needed until then.
-
-    torchrun and SLURM send them to every process there is. A worker ends with its loader, or with its parent.
-    """
-    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(signum, signal.SIG_IGN)
+from mft_lightning.data.workers import loader_options
 
 
 class TrainSteps(Dataset[StepBatch]):
@@ -87,13 +78,14 @@ class TrainLoader(DataLoader[StepBatch]):
             steps,
             sampler=self.cursor,
             batch_size=None,
-            num_workers=num_workers,
-            worker_init_fn=leave_signals_to_parent,
             generator=torch.Generator().manual_seed(0),  # else every `iter` draws from the global RNG
+            **loader_options(num_workers),
         )
 
     def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]  # DataLoader names its private iterator
-        self.plan.epoch(self.cursor.epoch)  # before the workers are forked, which then need not form it each for itself
+        self.plan.epoch(
+            self.cursor.epoch
+        )  # before workers are forked, which then have it; those of a fork server form it
         for batch in super().__iter__():
             # Before the yield: Lightning never exhausts the iterator of a loader that has a length.
             self.cursor.advance()

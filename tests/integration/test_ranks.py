@@ -300,7 +300,7 @@ def test_preemption_saves_though_workers_hear_it_too(
 def test_torchrun_passes_sigterm_on_and_the_run_saves(
     in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    process = in_a_terminal("step 1/", *fault("pause", 0), launcher=TORCHRUN)
+    process = in_a_terminal("step 1/", "--data.num_workers", "1", *fault("pause", 0), launcher=TORCHRUN)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=SOON)

@@ -1,0 +1,52 @@
+"""Processes that work for this one: they leave signals to it, and end with it. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from typing import Any
+
+from mft_lightning import ranks
+
+ENDING_A_RUN = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # in order; its batches are needed until then
+FORK_SERVER = "mft_lightning.data.fork_server"
+
+
+def serve_parent(*left: signal.Signals) -> None:
+    """Called by a process at its start: it ends when its parent is gone, even by SIGKILL.
+
+    Args:
+        left: signals that it leaves to its parent. torchrun and SLURM send them to every process there is.
+    """
+    for signum in left:
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True, name="end with the parent").start()
+
+
+def loader_options(workers: int) -> dict[str, Any]:
+    """How a DataLoader starts its processes.
+
+    The process of a rank has threads that talk to other ranks. A fork of it can find a lock taken for ever by one of
+    them, Python's own of thread states for one, so that workers are forked from a server without threads instead
+    (https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html, its warning).
+    """
+    if not workers:
+        return {"num_workers": 0}
+    context = None
+    if ranks.are_several():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([FORK_SERVER])
+    return {"num_workers": workers, "worker_init_fn": _start_worker, "multiprocessing_context": context}
+
+
+def _start_worker(number: int) -> None:
+    serve_parent(*ENDING_A_RUN)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
