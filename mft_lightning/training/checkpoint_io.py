@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import tempfile
 from collections.abc import Callable, Mapping
@@ -94,7 +95,7 @@ class HFCheckpointIO(CheckpointIO):
         with tempfile.TemporaryDirectory() as folder:
             self.module.datamodule.tokenizer.save_pretrained(folder)
             network.causal_lm.generation_config.save_pretrained(folder)
-            self._files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+            self._files = {file.name: _compact(file) for file in Path(folder).iterdir()}
         datamodule = self.module.datamodule
         self._described = {
             "tasks": datamodule.task_names,
@@ -188,6 +189,20 @@ class HFCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         remove_directory(Path(path))
+
+
+def _compact(file: Path) -> bytes:
+    """A file's contents; of a fast tokenizer's in half the bytes, which are more than a small adapter's otherwise.
+
+    Without the blanks that the library indents a vocabulary with, and a merge of "a" and "b" as "a b", which every
+    version of it reads, where the pairs it writes are for parts with a blank in them.
+    """
+    if file.name != "tokenizer.json":
+        return file.read_bytes()
+    contents = json.loads(file.read_bytes())
+    if (merges := contents["model"].get("merges")) and not any(" " in part for pair in merges for part in pair):
+        contents["model"]["merges"] = [" ".join(pair) for pair in merges]
+    return json.dumps(contents, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _in_own_memory(checkpoint: dict[str, Any], *, gathered: bool) -> dict[str, Any]:

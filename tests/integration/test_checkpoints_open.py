@@ -71,6 +71,25 @@ def test_it_opens_with_transformers_and_answers_as_generate_does(
     assert capsys.readouterr().out == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
 
 
+def test_its_tokenizer_is_the_runs_in_fewer_bytes(fit: Callable[..., Path], tmp_path: Path, tiny_model: Path) -> None:
+    checkpoint = fit(tmp_path / "run", "--trainer.max_steps", "1") / "step-00000001"
+    source, saved = (AutoTokenizer.from_pretrained(directory) for directory in (tiny_model, checkpoint))
+    assert saved.backend_tokenizer.to_str() == source.backend_tokenizer.to_str()
+    source.save_pretrained(tmp_path)
+    compact, indented = (directory / "tokenizer.json" for directory in (checkpoint, tmp_path))
+    assert compact.stat().st_size < indented.stat().st_size / 2
+
+
+def test_a_small_adapters_checkpoint_is_under_four_times_the_adapter(
+    fit: Callable[..., Path], tmp_path: Path, pythia: Path
+) -> None:
+    """Of a real model with its tokenizer, from r 8; the optimizer's two moments make it three times."""
+    words = ("--model.pretrained_model_path", str(pythia), "--trainer.max_steps", "1", "--evaluation.strategy", "none")
+    checkpoint = fit(tmp_path / "run", *words, "--model.lora.r", "8", config="lora.yaml") / "step-00000001"
+    sizes = {file.name: file.stat().st_size for file in checkpoint.iterdir()}
+    assert 3 * sizes["adapter_model.safetensors"] < sum(sizes.values()) < 4 * sizes["adapter_model.safetensors"]
+
+
 def test_sampling_repeats_with_its_seed_and_differs_with_another(
     fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
