@@ -19,6 +19,7 @@ from mft_lightning.training.callbacks import EarlyStoppingSettings
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.evaluation import EvaluationSettings
 from mft_lightning.training.layout import find_layout
+from mft_lightning.training.strategies import ShardedStrategy
 from mft_lightning.training.trainer import RunSettings, check_trainer_keys, placed, weights_dtype
 from mft_lightning.yaml_text import as_yaml
 
@@ -103,6 +104,11 @@ class RunConfig(LightningCLI):
     @staticmethod
     def trainer_keys(config: Any) -> dict[str, Any]:
         return dict(config["trainer"])
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the strategy completes and shards a sketch of the network."""
+        return isinstance(self.trainer_config["strategy"], ShardedStrategy)
 
     @property
     def output_dir(self) -> Path:

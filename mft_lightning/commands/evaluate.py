@@ -41,7 +41,7 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
         datamodule.setup(command)
     datamodule.check_evaluation(split)
     check_exact_match(config.settings.evaluation, datamodule)
-    module.build(datamodule, random_base=str(config.output_dir / "base"))
+    module.build(datamodule, random_base=str(config.output_dir / "base"), sketched=config.sharded)
     checkpoint_io = HFCheckpointIO(module)
     if checkpoint is not None:
         checkpoint_io.preload(checkpoint.path)

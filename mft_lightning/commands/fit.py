@@ -77,7 +77,7 @@ def _fit(config: RunConfig) -> None:
         datamodule.setup("fit")
     _check_evaluation(config, datamodule)
     check_balancing(module, datamodule)
-    module.build(datamodule, random_base=str(config.output_dir / "base"))
+    module.build(datamodule, random_base=str(config.output_dir / "base"), sketched=config.sharded)
     checkpoint_io = HFCheckpointIO(module)
     notes = _load(checkpoint_io, resumed.path, config) if resumed is not None else []
     total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.tokenizer import load_tokenizer
 from mft_lightning.errors import UserError, first_line
+from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.build import adapter_base, is_adapter
-from mft_lightning.model.export import adapter_dtype, base_digest
+from mft_lightning.model.export import adapter_dtype
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -83,7 +84,7 @@ def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[st
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{key} {directory}: cannot be put on its base ({first_line(error)}).") from error
     trained_on = metadata["fingerprint"].get("frozen base (digest)") if metadata is not None else None
-    if trained_on not in (None, here := base_digest(model)):
+    if trained_on not in (None, here := base_digest(base_state(model))):
         raise UserError(
             f"{where}: is not the base that {directory.name} was trained on (digest {here}, trained on {trained_on}). "
             "Give the base of that run."

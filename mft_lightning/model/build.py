@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mft_lightning.errors import NotYetError, UserError, first_line
+from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
-from mft_lightning.model.buffers import unsaved_buffers_kept
+from mft_lightning.model.base import base_state
+from mft_lightning.model.lora import add_lora, draw_adapters
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM
+from mft_lightning.model.weights import (
+    DrawnWeights,
+    GrownWeights,
+    StoredWeights,
+    Weights,
+    grow_embeddings,
+    materialise,
+    sketch,
+    without_layers,
+)
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-LORA_TARGETS = {"gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]}
+FEW_TOKENS = 64  # of a small model that is tried out
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
 
 
@@ -67,6 +84,34 @@ def load_config(path: str, model_type: str, trust_remote_code: bool = False) -> 
     return config
 
 
+@dataclass(frozen=True)
+class Built:
+    """A network, and where its values come from if it is still a sketch on the meta device.
+
+    Args:
+        network: with its adapters, if it has any.
+        weights: what a sketch's base is to have; None where the network is complete.
+        seed: of a sketch's adapters.
+    """
+
+    network: SupervisedLM
+    weights: Weights | None
+    seed: int
+
+    @property
+    def base(self) -> Mapping[str, Tensor]:
+        """The weights of the frozen base, none where all weights train."""
+        if not has_adapters(self.network.model):
+            return {}
+        return base_state(self.network.model) if self.weights is None else self.weights
+
+    def complete(self, part: nn.Module | None = None) -> None:
+        """Give a part of the network, or all that is left of it, its values; nothing where it has them."""
+        if self.weights is not None:
+            draw_adapters(self.network.causal_lm, self.seed, within=part)
+            materialise(self.network.causal_lm, self.weights, within=part)
+
+
 def make_network(
     source: ModelSource,
     tokenizer: PreTrainedTokenizerBase,
@@ -77,7 +122,8 @@ def make_network(
     checkpoint_activations: bool,
     pad_vocab_to_multiple_of: int | None,
     packed: bool,
-) -> SupervisedLM:
+    sketched: bool = False,
+) -> Built:
     """The network of a run, from its base to its adapters, tried out on what training takes for granted.
 
     Args:
@@ -89,21 +135,34 @@ def make_network(
         checkpoint_activations: whether the backward pass computes activations again.
         pad_vocab_to_multiple_of: of rows that embeddings grow to, where they must.
         packed: whether rows will be packed.
+        sketched: leave it on the meta device; a small model of its kind is tried out.
 
     Raises:
         UserError: a model that cannot be loaded, or that does not do what training takes for granted.
     """
-    model = build_causal_lm(source)
-    frozen = adapters is not None
-    fit_tokenizer(model, tokenizer, multiple_of=pad_vocab_to_multiple_of, seed=source.seed, frozen=frozen)
+    frozen, weights = adapters is not None, None
+    if sketched:
+        model, weights = sketch_causal_lm(source)
+        if needs_rows(model, tokenizer, frozen=frozen):
+            weights = GrownWeights(weights, len(tokenizer), pad_vocab_to_multiple_of, source.seed)
+            model.resize_token_embeddings(len(tokenizer), pad_vocab_to_multiple_of, mean_resizing=False)
+        check_assumptions(SupervisedLM(_small(model), objective), packed=packed)
+    else:
+        model = build_causal_lm(source)
+        if needs_rows(model, tokenizer, frozen=frozen):
+            grow_embeddings(model, len(tokenizer), pad_vocab_to_multiple_of, source.seed)
+        check_assumptions(SupervisedLM(model, objective), packed=packed)
+    name_special_tokens(model, tokenizer)
     if checkpoint_activations:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    network = SupervisedLM(model, objective)
-    check_assumptions(network, packed=packed)
-    if adapters is None:
-        return network
-    base_path = saved_path(random_base if source.init == "random" else source.path)
-    return SupervisedLM(add_lora(model, adapters, base_path=base_path, seed=source.seed), objective)
+    adapted: nn.Module = model
+    if adapters is not None:
+        base_path = saved_path(random_base if source.init == "random" else source.path)
+        adapted = add_lora(model, adapters, base_path=base_path)
+    built = Built(SupervisedLM(adapted, objective), weights, source.seed)
+    if not sketched:
+        draw_adapters(model, source.seed)
+    return built
 
 
 def build_causal_lm(source: ModelSource) -> PreTrainedModel:
@@ -116,20 +175,14 @@ def build_causal_lm(source: ModelSource) -> PreTrainedModel:
     """
     key = "model.pretrained_model_path"
     config = load_config(source.path, source.model_type, source.trust_remote_code)
-    sliced = source.attn_implementation == "sdpa" and config.model_type in SLICED_MODEL_TYPES
-    options: dict[str, Any] = {
-        "attn_implementation": SDPA_BY_CONVERSATION if sliced else source.attn_implementation,
-        "trust_remote_code": source.trust_remote_code,
-    }
     loaded: Any
     try:
         if source.init == "random":
-            with seeded(source.seed):
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
-            with unsaved_buffers_kept(model):
-                return model.to(source.dtype).train()
+            model = sketch(config, source.dtype, **_options(source, config))
+            materialise(model, DrawnWeights(deepcopy(model), source.dtype, source.seed))
+            return model
         loaded = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=source.dtype, output_loading_info=True, **options
+            source.path, dtype=source.dtype, output_loading_info=True, **_options(source, config)
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         hint = "For a model without weights set model.init: random."
@@ -144,61 +197,60 @@ def build_causal_lm(source: ModelSource) -> PreTrainedModel:
     return model.train()
 
 
-def fit_tokenizer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, multiple_of: int | None, seed: int, frozen: bool
-) -> None:
-    """Grow the embeddings where the tokenizer needs it, and write its eos and pad tokens into the generation config.
+def sketch_causal_lm(source: ModelSource) -> tuple[PreTrainedModel, Weights]:
+    """The base model of :func:`build_causal_lm` on the meta device, and the weights it is to have."""
+    config = load_config(source.path, source.model_type, source.trust_remote_code)
+    try:
+        model = sketch(config, source.dtype, **_options(source, config))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"model: cannot be made from {source.path!r} ({first_line(error)}).") from error
+    if source.init == "random":
+        return model, DrawnWeights(deepcopy(model), source.dtype, source.seed)
+    with suppress(OSError):  # which not every model has
+        model.generation_config = GenerationConfig.from_pretrained(source.path)
+    return model, StoredWeights(deepcopy(model), source.dtype, source.path)
+
+
+def _options(source: ModelSource, config: PretrainedConfig) -> dict[str, Any]:
+    sliced = source.attn_implementation == "sdpa" and config.model_type in SLICED_MODEL_TYPES
+    return {
+        "attn_implementation": SDPA_BY_CONVERSATION if sliced else source.attn_implementation,
+        "trust_remote_code": source.trust_remote_code,
+    }
+
+
+def _small(model: PreTrainedModel) -> PreTrainedModel:
+    """A random model of the same kind, with one layer and few tokens."""
+    config = without_layers(model.config, 1)
+    config.get_text_config().vocab_size, config.pad_token_id = FEW_TOKENS, None
+    small = sketch(config, torch.float32)
+    materialise(small, DrawnWeights(deepcopy(small), torch.float32, 0))
+    return small
+
+
+def needs_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, frozen: bool) -> bool:
+    """Whether the tokenizer has more tokens than the model has embeddings.
 
     Raises:
-        UserError: the embeddings would have to grow, but they are ``frozen`` (LoRA) and the new rows never learn.
+        NotYetError: it has, but they are ``frozen`` (LoRA), so that new rows would never learn.
     """
     rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > rows:
-        if frozen:
-            raise NotYetError(
-                "model.peft_type",
-                "lora",
-                f"The tokenizer has {len(tokenizer)} tokens, the model {rows}: to grow embeddings, train all weights.",
-            )
-        with seeded(seed), _one_thread():  # else sums, and so the new rows, follow the number of threads
-            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=multiple_of)
+    if len(tokenizer) > rows and frozen:
+        raise NotYetError(
+            "model.peft_type",
+            "lora",
+            f"The tokenizer has {len(tokenizer)} tokens, the model {rows}: to grow embeddings, train all weights.",
+        )
+    return len(tokenizer) > rows
+
+
+def name_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the tokenizer's eos and pad tokens into the generation config."""
     generation = model.generation_config
     assert generation is not None
     generation.eos_token_id = tokenizer.eos_token_id
     generation.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
-
-
-def add_lora(model: PreTrainedModel, settings: LoraSettings, *, base_path: str, seed: int) -> PeftModel:
-    """Freeze the model and wrap it with adapters.
-
-    Args:
-        model: the base; its weights are left as they are to the bit.
-        settings: of the adapters.
-        base_path: what the saved adapter names as its base.
-        seed: of the adapters' random start.
-
-    Raises:
-        UserError: a target that is no layer of the model, or no known targets for its type.
-    """
-    from peft import LoraConfig, get_peft_model  # here for the start-up time of a run without adapters
-
-    targets = settings.target_modules or LORA_TARGETS.get(model.config.model_type)
-    if targets is None:
-        raise UserError(f"model.lora.target_modules: not known for {model.config.model_type}; name the linear layers.")
-    layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    if unknown := [target for target in targets if target.rpartition(".")[2] not in layers]:
-        raise UserError(f"model.lora.target_modules: {unknown} is none of the linear layers {sorted(layers)}.")
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft multiplies by it; any number works
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    model.name_or_path = base_path  # what peft writes into the adapter's configuration
-    with seeded(seed):
-        return cast("PeftModel", get_peft_model(model, config, autocast_adapter_dtype=False).train())
 
 
 def saved_path(path: str) -> str:
@@ -210,24 +262,6 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     """Trainable and total parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from ``seed`` on the CPU and leave the global generator as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def is_adapter(directory: Path) -> bool:

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.adapters import has_adapters
+from mft_lightning.model.base import base_digest
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_FILE = "adapter_model.safetensors"
+PART = 256 * 2**20  # bytes of a base's weights that are in memory at once, where one tensor is no larger
 
 
 def trained_names(model: nn.Module) -> set[str]:
@@ -67,6 +73,31 @@ def _save_through(twin: PreTrainedModel, state: dict[str, Tensor], directory: Pa
     # gathered one by one, tied weights no longer share the memory by which transformers knows them
     once = {name: tensor for name, tensor in state.items() if name not in twin.all_tied_weights_keys}
     twin.save_pretrained(directory, state_dict=once)
+    _open_to_others(directory)
+
+
+def save_base(model: PreTrainedModel, base: Mapping[str, Tensor], directory: Path) -> None:
+    """Write a base as :func:`save_causal_lm` does, a part of the weights at a time.
+
+    Args:
+        model: of which the base is; its weights are not read.
+        base: every tensor, made when it is asked for.
+        directory: an existing one.
+    """
+    twin = _twin(model)
+    twin.save_pretrained(directory, state_dict={})  # configuration and generation config
+    state = twin.state_dict()
+    places = {next(iter(revert_weight_conversion(twin, {name: state[name]}))): name for name in base}
+    split = split_torch_state_dict_into_shards(
+        {place: state[name] for place, name in places.items()},
+        filename_pattern=SAFE_WEIGHTS_NAME.replace(".", "{suffix}."),
+        max_shard_size=PART,
+    )
+    for file, held in split.filename_to_tensors.items():
+        save_file({place: base[places[place]].contiguous() for place in held}, directory / file, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _open_to_others(directory)
 
 
@@ -119,7 +150,7 @@ def load_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:
 
 def _load_full(directory: Path) -> dict[str, Tensor]:
     if not (directory / "config.json").is_file():
-        raise UserError(f"{directory}: holds no full model. Was it saved with model.peft_type: lora?")
+        raise not_whole(directory)
     loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
     model, info = loaded
     if missing := sorted(info["missing_keys"]):  # else they would be drawn at random
@@ -127,14 +158,8 @@ def _load_full(directory: Path) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def holds(directory: Path, state: dict[str, Tensor]) -> bool:
-    """Whether a directory holds a whole model of these very weights, bit for bit."""
-    try:
-        found = _load_full(directory)
-    except (OSError, ValueError, RuntimeError, SafetensorError, UserError):
-        return False
-    same = found.keys() == state.keys() and all(found[name].dtype == state[name].dtype for name in found)
-    return same and all(torch.equal(found[name], state[name].cpu()) for name in found)
+def not_whole(directory: Path) -> UserError:
+    return UserError(f"{directory}: holds no full model. Was it saved with model.peft_type: lora?")
 
 
 def _load_adapter(model: PeftModel, directory: Path) -> dict[str, Tensor]:
@@ -145,34 +170,18 @@ def _load_adapter(model: PeftModel, directory: Path) -> dict[str, Tensor]:
     return {live.get(name, name): tensor for name, tensor in saved.items()}
 
 
-def describe(model: nn.Module, causal_lm: PreTrainedModel) -> dict[str, Any]:
+def describe(model: nn.Module, causal_lm: PreTrainedModel, base: Mapping[str, Tensor]) -> dict[str, Any]:
     """What weights alone do not say of a model, by name: its configuration, its adapters, its frozen base."""
     settings = causal_lm.config.to_dict()
     for key in ("_name_or_path", "dtype", "transformers_version", "use_cache", "eos_token_id", "pad_token_id"):
         settings.pop(key, None)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    adapter = None
+    adapter = frozen = None
     if has_adapters(model):
+        frozen = base_digest(base)
         lora: Any = model.peft_config["default"]
         adapter = f"r {lora.r}, alpha {lora.lora_alpha:g}, on {', '.join(sorted(lora.target_modules))}"
-    return {"model configuration (digest)": digest, "model.lora": adapter, "frozen base (digest)": base_digest(model)}
-
-
-def base_digest(model: nn.Module) -> str | None:
-    """A digest of the frozen base's bits, None where there is no frozen base (all weights are in the checkpoint)."""
-    if not has_adapters(model):
-        return None
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base_state(model).items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)  # the bits, not a copy
-    return digest.hexdigest()[:16]
-
-
-def base_state(model: PeftModel) -> dict[str, Tensor]:
-    """The frozen base's tensors by the names they had before adapters were added."""
-    full = model.get_base_model().state_dict()
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in full.items() if ".lora_" not in name}
+    return {"model configuration (digest)": digest, "model.lora": adapter, "frozen base (digest)": frozen}
 
 
 def adapter_dtype(directory: Path) -> str:

@@ -16,7 +16,7 @@ from mft_lightning import ranks
 from mft_lightning.data.collate import MicroBatch, StepBatch
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import NotYetError, UserError
-from mft_lightning.model.build import Attention, ModelSource, load_config, make_network
+from mft_lightning.model.build import Attention, Built, ModelSource, load_config, make_network
 from mft_lightning.model.export import describe, trained_names
 from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
 from mft_lightning.model.metrics import TaskSums
@@ -151,6 +151,7 @@ class MFTModule(L.LightningModule):
         self.objective = Objective(label_smoothing=label_smoothing, z_loss=z_loss, focal_gamma=focal_gamma)
         self.max_skipped_steps = max_skipped_steps
         self.strict_loading = peft_type is None  # an adapter's checkpoint holds the adapter alone
+        self.built: Built | None = None
         self.network: SupervisedLM | None = None
         self.matrices: set[str] = set()  # the network's parameters that decay
         self.saved_names: set[str] = set()  # what a checkpoint holds of this module's state
@@ -177,15 +178,16 @@ class MFTModule(L.LightningModule):
                 f"{self.source.path} is made for."
             )
 
-    def build(self, datamodule: MFTDataModule, random_base: str = "base") -> SupervisedLM:
+    def build(self, datamodule: MFTDataModule, random_base: str = "base", *, sketched: bool = False) -> SupervisedLM:
         """Make the network, once; ``configure_model`` finds it made when the command line built it before the run.
 
         Args:
             datamodule: gives the tokenizer and the tasks.
             random_base: the directory that an adapter names as its base where the base is a random draw.
+            sketched: on the meta device, for a strategy that completes and shards it layer by layer.
         """
         if self.network is None:
-            self.network = make_network(
+            self.built = make_network(
                 self.source,
                 datamodule.tokenizer,
                 adapters=self.lora if self.peft_type is not None else None,
@@ -194,13 +196,15 @@ class MFTModule(L.LightningModule):
                 checkpoint_activations=self.checkpoint_activations,
                 pad_vocab_to_multiple_of=self.pad_vocab_to_multiple_of,
                 packed=datamodule.packed,
+                sketched=sketched,
             )
+            self.network = self.built.network
             names = datamodule.task_names
             self.balancer = make_balancer(
                 self.weighted_loss_mode, datamodule.task_weights or [1.0] * len(names), self.coba, self.famo
             )
             self.sums = {split: TaskSums(names) for split in ("val", "test")}
-            self.description = describe(self.network.model, self.network.causal_lm)
+            self.description = describe(self.network.model, self.network.causal_lm, self.built.base)
             self.matrices = matrix_names(self.network)
             self.saved_names = {NETWORK + name for name in trained_names(self.network.model)}
         return self.network

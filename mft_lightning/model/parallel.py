@@ -7,7 +7,7 @@ gathers it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -58,14 +58,21 @@ MIXED_PRECISION = {
 }
 
 
-def shard(network: SupervisedLM, mesh: DeviceMesh, settings: ParallelSettings, precision: str) -> None:
-    """Shard a network's weights over the devices of ``mesh``, in place.
+def shard(
+    network: SupervisedLM,
+    mesh: DeviceMesh,
+    settings: ParallelSettings,
+    precision: str,
+    complete: Callable[[nn.Module], None] = lambda part: None,
+) -> None:
+    """Shard a network's weights over the devices of ``mesh``, in place, a layer at a time.
 
     Args:
-        network: with its full weights, the same on every rank.
+        network: with its full weights, the same on every rank; or a sketch.
         mesh: one dimension, the data-parallel ranks.
         settings: whether to keep gathered weights, and where the sharded ones lie.
         precision: ``trainer.precision``.
+        complete: gives a part of a sketch its weights, which is sharded before the next part has its own.
 
     Raises:
         UserError: a model whose layers are not known.
@@ -77,7 +84,9 @@ def shard(network: SupervisedLM, mesh: DeviceMesh, settings: ParallelSettings, p
         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if settings.cpu_offload else OffloadPolicy(),
     }
     for layer in transformer_layers(network):
+        complete(layer)
         fully_shard(layer, reshard_after_forward=settings.reshard_after_forward, **options)
+    complete(network)
     fully_shard(network, **options)
     register_fsdp_forward_method(network, "generate")
 

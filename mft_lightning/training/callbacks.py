@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from mft_lightning.aside import written_aside
 from mft_lightning.errors import UserError
-from mft_lightning.model.adapters import has_adapters
-from mft_lightning.model.export import base_state, holds, save_causal_lm
+from mft_lightning.model.base import holds
+from mft_lightning.model.export import save_base, save_causal_lm
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.step_result import StepResult
 from mft_lightning.training.checkpoint import CheckpointSettings
@@ -164,16 +164,20 @@ class RandomBase(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         module = cast(MFTModule, pl_module)
-        network = module.network
-        assert network is not None
+        built = module.built
+        assert built is not None
+        model, base = built.network.causal_lm, built.base
         written = (self.directory / "config.json").is_file()
-        if (written and self.resumed) or not trainer.is_global_zero or not has_adapters(network.model):
+        if (written and self.resumed) or not trainer.is_global_zero or not base:
             return
         if self.directory.exists():
-            if holds(self.directory, base_state(network.model)):
+            if holds(self.directory, base, model):
                 return
             supersede(self.directory)
         with written_aside(self.directory) as aside:
             aside.mkdir()
-            save_causal_lm(network.causal_lm, base_state(network.model), aside)
+            if built.weights is None:
+                save_causal_lm(model, dict(base), aside)
+            else:
+                save_base(model, base, aside)
             module.datamodule.tokenizer.save_pretrained(aside)

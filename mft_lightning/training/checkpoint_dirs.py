@@ -12,7 +12,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.screen import shown
 
 METADATA, TRAINER_STATE = "checkpoint.json", "trainer.pt"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 FIELDS = {"step": int, "epoch_end": bool, "metrics": dict, "processes": int}
 FIELDS |= dict.fromkeys(("fingerprint", "chat_format", "files"), dict)
 

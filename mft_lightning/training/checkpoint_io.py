@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -22,8 +22,11 @@ from safetensors import SafetensorError
 import mft_lightning
 from mft_lightning.aside import remove_directory, written_aside
 from mft_lightning.errors import UserError, first_line
-from mft_lightning.model.export import ModelWriter, load_state
+from mft_lightning.model.adapters import has_adapters
+from mft_lightning.model.build import Built
+from mft_lightning.model.export import ModelWriter, load_state, not_whole
 from mft_lightning.model.module import NETWORK, MFTModule
+from mft_lightning.model.weights import StoredWeights
 from mft_lightning.screen import printable, shown
 from mft_lightning.training.background import Background
 from mft_lightning.training.checkpoint_dirs import (
@@ -171,13 +174,15 @@ class HFCheckpointIO(CheckpointIO):
         if path in self._preloaded:
             return self._preloaded.pop(path)
         info = read_checkpoint(path)
-        assert self.module.network is not None
-        state = load_state(self.module.network.model, path)
-        weights = {"state_dict": {NETWORK + name: value for name, value in state.items()}}
+        built = self.module.built
+        assert built is not None
+        weights = {"state_dict": _Named(_state(built, path), NETWORK)}
         if not info.resumable:
             return {"global_step": info.step, "pytorch-lightning_version": L.__version__, **weights}
         try:
-            checkpoint = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(
+                path / TRAINER_STATE, map_location="cpu", weights_only=True, mmap=built.weights is not None
+            )
         except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(f"{path / TRAINER_STATE}: is damaged ({printable(first_line(error))}).") from error
         if not isinstance(checkpoint, dict) or (missing := TRAINER_KEYS - checkpoint.keys()):
@@ -189,6 +194,33 @@ class HFCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         remove_directory(Path(path))
+
+
+class _Named(Mapping[str, torch.Tensor]):
+    """A state whose names begin otherwise; what it makes when it is asked for it goes on doing so."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], prefix: str) -> None:
+        self.state, self.prefix = state, prefix
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if not name.startswith(self.prefix):
+            raise KeyError(name)
+        return self.state[name.removeprefix(self.prefix)]
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.prefix + name for name in self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+def _state(built: Built, path: Path) -> Mapping[str, torch.Tensor]:
+    """The weights in a checkpoint; those of a sketch are read one by one, when each is asked for."""
+    if built.weights is None or has_adapters(built.network.model):
+        return load_state(built.network.model, path)
+    if not (path / "config.json").is_file():
+        raise not_whole(path)
+    return StoredWeights(built.weights.model, built.weights.dtype, str(path), where=shown(path))
 
 
 def _compact(file: Path) -> bytes:

@@ -74,9 +74,9 @@ class ShardedStrategy(LaunchedStrategy, ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: L.Trainer) -> None:
-        network = cast(MFTModule, self.lightning_module).network
-        assert network is not None
-        shard(network, self.device_mesh["data_parallel"], self.settings, self.precision)
+        built = cast(MFTModule, self.lightning_module).built
+        assert built is not None
+        shard(built.network, self.device_mesh["data_parallel"], self.settings, self.precision, built.complete)
         super().setup(trainer)
 
     def model_to_device(self) -> None:

@@ -12,10 +12,12 @@ from transformers import BertConfig, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXF
 
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import NotYetError, UserError
-from mft_lightning.model.build import ModelSource, build_causal_lm, count_parameters, fit_tokenizer, seeded
-from mft_lightning.model.export import base_state
+from mft_lightning.model.base import base_state
+from mft_lightning.model.build import ModelSource, build_causal_lm, count_parameters, name_special_tokens, needs_rows
 from mft_lightning.model.module import MFTModule
+from mft_lightning.model.seeding import seeded
 from mft_lightning.model.settings import LoraSettings
+from mft_lightning.model.weights import grow_embeddings
 
 
 def source(path: Path, init: str = "pretrained", dtype: torch.dtype = torch.float32, seed: int = 42) -> ModelSource:
@@ -100,14 +102,15 @@ def test_another_model_type_must_be_named(tmp_path: Path) -> None:
 def test_embeddings_grow_only_where_the_tokenizer_needs_it(tiny_model: Path, example_tasks: list[str]) -> None:
     tokenizer = MFTDataModule(data_paths=example_tasks, tokenizer_path=str(tiny_model)).tokenizer
     model = build_causal_lm(source(tiny_model, "random"))
-    fit_tokenizer(model, tokenizer, multiple_of=64, seed=0, frozen=False)
-    assert model.config.vocab_size == 512
+    name_special_tokens(model, tokenizer)
+    assert not needs_rows(model, tokenizer, frozen=True)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     tokenizer.add_tokens(["<|new|>"])
     with pytest.raises(NotYetError):
-        fit_tokenizer(model, tokenizer, multiple_of=64, seed=0, frozen=True)
-    fit_tokenizer(model, tokenizer, multiple_of=64, seed=0, frozen=False)
+        needs_rows(model, tokenizer, frozen=True)
+    assert needs_rows(model, tokenizer, frozen=False)
+    grow_embeddings(model, len(tokenizer), 64, seed=0)
     assert model.get_input_embeddings().num_embeddings == 576
 
 
@@ -123,7 +126,7 @@ def test_new_embeddings_do_not_depend_on_threads(tiny_model: Path, example_tasks
                 )
             )
         torch.set_num_threads(threads)
-        fit_tokenizer(model, tokenizer, multiple_of=64, seed=0, frozen=False)
+        grow_embeddings(model, len(tokenizer), 64, seed=0)
         assert torch.get_num_threads() == threads
         torch.set_num_threads(before)
         rows.append(model.get_input_embeddings().weight[4096:].clone())

@@ -15,7 +15,13 @@ from mft_lightning.training.checkpoint_choice import (
     find_checkpoints,
     resolve_checkpoint,
 )
-from mft_lightning.training.checkpoint_dirs import CheckpointInfo, directory_name, write_description, write_metadata
+from mft_lightning.training.checkpoint_dirs import (
+    FORMAT_VERSION,
+    CheckpointInfo,
+    directory_name,
+    write_description,
+    write_metadata,
+)
 from mft_lightning.training.retention import expired
 from mft_lightning.training.same_run import check_same_run
 
@@ -30,7 +36,13 @@ def write(output_dir: Path, step: int, loss: float | None = None) -> None:
     directory = output_dir / directory_name(step)
     directory.mkdir(parents=True)
     metrics = {} if loss is None else {"val/loss": loss}
-    metadata = {"format": 2, "step": step, "epoch_end": False, "metrics": metrics, "fingerprint": FINGERPRINT}
+    metadata = {
+        "format": FORMAT_VERSION,
+        "step": step,
+        "epoch_end": False,
+        "metrics": metrics,
+        "fingerprint": FINGERPRINT,
+    }
     metadata |= {"chat_format": {"normalize_punctuation": False}, "processes": 1}
     (directory / "trainer.pt").touch()
     write_metadata(directory, metadata)
@@ -109,7 +121,7 @@ def test_an_unknown_format_is_refused(tmp_path: Path) -> None:
         resolve_checkpoint("last", tmp_path, "val/loss", "min")
 
 
-@pytest.mark.parametrize("content", ["[]", "{", "null", '{"format": 2', '{"format": 2}', '{"format": 2, "step": "10"}'])
+@pytest.mark.parametrize("content", ["[]", "{", "null", '{"format": 3', '{"format": 3}', '{"format": 3, "step": "10"}'])
 def test_a_damaged_description_is_no_checkpoint(tmp_path: Path, content: str) -> None:
     write(tmp_path, 10)
     (tmp_path / directory_name(10) / "checkpoint.json").write_text(content)

@@ -10,7 +10,7 @@ import pytest
 from mft_lightning.aside import written_aside
 from mft_lightning.errors import UserError
 from mft_lightning.training.checkpoint_choice import find_checkpoints, resolve_checkpoint
-from mft_lightning.training.checkpoint_dirs import directory_name, verify, write_metadata
+from mft_lightning.training.checkpoint_dirs import FORMAT_VERSION, directory_name, verify, write_metadata
 from mft_lightning.training.retention import Retention
 from tests.crashes import ended_before_change
 
@@ -27,7 +27,7 @@ def save(output_dir: Path, step: int, **options: str) -> None:
         aside.mkdir()
         for name in ("model.safetensors", "trainer.pt"):
             (aside / name).write_text(f"{name} of step {step}")
-        metadata = {"format": 2, "step": step, "epoch_end": False, "metrics": {"val/loss": LOSSES[step]}}
+        metadata = {"format": FORMAT_VERSION, "step": step, "epoch_end": False, "metrics": {"val/loss": LOSSES[step]}}
         metadata |= {"fingerprint": {}, "chat_format": {}, "processes": 1}
         write_metadata(aside, metadata)
     retention(output_dir, **options).apply()

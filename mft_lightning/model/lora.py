@@ -1,0 +1,74 @@
+"""LoRA adapters: added to a base without values, and drawn."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mft_lightning.errors import UserError
+from mft_lightning.model.seeding import seeded
+from mft_lightning.model.settings import LoraSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+LORA_TARGETS = {"gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]}
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings, *, base_path: str) -> PeftModel:
+    """Freeze the model and wrap it with adapters, which are on the meta device until :func:`draw_adapters`.
+
+    Args:
+        model: the base; its weights are left as they are to the bit.
+        settings: of the adapters.
+        base_path: what the saved adapter names as its base.
+
+    Raises:
+        UserError: a target that is no layer of the model, or no known targets for its type.
+    """
+    from peft import LoraConfig, get_peft_model  # here for the start-up time of a run without adapters
+
+    targets = settings.target_modules or LORA_TARGETS.get(model.config.model_type)
+    if targets is None:
+        raise UserError(f"model.lora.target_modules: not known for {model.config.model_type}; name the linear layers.")
+    layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    if unknown := [target for target in targets if target.rpartition(".")[2] not in layers]:
+        raise UserError(f"model.lora.target_modules: {unknown} is none of the linear layers {sorted(layers)}.")
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft multiplies by it; any number works
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    model.name_or_path = base_path  # what peft writes into the adapter's configuration
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    return cast("PeftModel", adapted.train())
+
+
+def draw_adapters(model: nn.Module, seed: int, within: nn.Module | None = None) -> None:
+    """Give adapters their values: peft's draw for each layer, from the seed and the layer's name.
+
+    Made in float32, then rounded to what the base is in.
+
+    Args:
+        model: the base with its adapters.
+        seed: of the draw.
+        within: the part of it; all if left out.
+    """
+    wanted = set((model if within is None else within).modules())
+    for name, layer in model.named_modules():
+        if layer not in wanted or not hasattr(layer, "reset_lora_parameters"):
+            continue
+        adapted = cast(Any, layer)
+        pair = [adapted.lora_A["default"], adapted.lora_B["default"]]
+        if not pair[0].weight.is_meta:  # drawn with another part
+            continue
+        for matrix in pair:
+            matrix.to_empty(device="cpu").float()
+        with seeded(seed, name):
+            adapted.reset_lora_parameters("default", True)
+        for matrix in pair:
+            matrix.to(adapted.get_base_layer().weight.dtype)
