@@ -32,6 +32,7 @@ NOT_YET = ("predict", "chat", "convert-config", "estimate")
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input ends with one message on stderr and exit code 1 (``--verbose`` adds the traceback)."""
     before = dict(os.environ)
+    ranks.hear_srun()
     # Read when torch is imported. Waiting threads spin by default, and then a busy neighbour on a laptop's cores makes
     # the steps of a small model many times slower (docs/training.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

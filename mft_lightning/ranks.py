@@ -2,12 +2,13 @@
 
 A launcher says in the environment that a process is one of several, in torchrun's words: ``RANK``, ``WORLD_SIZE``,
 ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``. The launcher of this program (``training/launcher.py``) uses the
-same. torch is imported when a process is one of several, not before.
+same, and what srun says is put into them. torch is imported when a process is one of several, not before.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 from mft_lightning.errors import UserError
 
 STARTED_BY = "MFT_LIGHTNING_STARTED_BY"  # the process that started this one as a further rank of its run
+ELASTIC = "TORCHELASTIC_RUN_ID"  # by which Lightning knows torchrun's processes
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says, all of it
 GRACE = 10  # seconds to tell of it, and to end, when another rank failed or is gone
 SILENCE = 30  # seconds of waiting for ranks that others start, before it is said
@@ -31,6 +33,36 @@ _FAILED, _TOLD, _HERE = (f"mft_lightning/{what}" for what in ("failed", "told", 
 
 class LostPeerError(RuntimeError):
     """Another rank has failed, and tells why."""
+
+
+def hear_srun() -> None:
+    """Say of a task that srun started with others what torchrun would say; from then on it is the same to all.
+
+    The first rank is on the step's first node, at a port that is the step's own; ``MASTER_ADDR`` and ``MASTER_PORT``
+    in the environment stand.
+    """
+    variables = os.environ
+    if is_launched() or int(variables.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return
+    node, tasks = variables["SLURM_NODEID"], _each(variables["SLURM_STEP_TASKS_PER_NODE"])
+    first = re.sub(r"\[(\w+)[^]]*\]", r"\1", variables["SLURM_STEP_NODELIST"]).split(",")[0]  # n[07-08,11],m -> n07
+    step = int(variables["SLURM_JOB_ID"]) * 4 + int(variables["SLURM_STEP_ID"])
+    variables |= {
+        "MASTER_ADDR": variables.get("MASTER_ADDR") or (first if len(tasks) > 1 else "127.0.0.1"),
+        "MASTER_PORT": variables.get("MASTER_PORT") or str(15000 + step % 16000),  # below those given to any program
+        "RANK": variables["SLURM_PROCID"],
+        "LOCAL_RANK": variables["SLURM_LOCALID"],
+        "WORLD_SIZE": variables["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": str(tasks[int(node)]),
+        "NODE_RANK": node,
+        "GROUP_RANK": node,
+        ELASTIC: f"slurm-{variables['SLURM_JOB_ID']}.{variables['SLURM_STEP_ID']}",
+    }
+
+
+def _each(tasks: str) -> list[int]:
+    """The tasks of each node, of SLURM's ``2(x3),1``."""
+    return [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(times or 1))]
 
 
 def is_launched() -> bool:

@@ -29,7 +29,7 @@ class Layout:
 
 
 def find_layout(accelerator: Any, devices: Any, num_nodes: int) -> Layout:
-    """The layout of a run; what torchrun started stands for what is left open.
+    """The layout of a run; what torchrun or srun started stands for what is left open.
 
     Args:
         accelerator: ``trainer.accelerator``.
@@ -47,23 +47,40 @@ def find_layout(accelerator: Any, devices: Any, num_nodes: int) -> Layout:
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     count = local if devices == "auto" else _count(accelerator, devices, num_nodes)
     nodes = max(1, world // local)
+    by_srun = os.environ[ranks.ELASTIC].startswith("slurm-")
+    launcher, per_node, on = (
+        ("srun", "--ntasks-per-node", "--nodes") if by_srun else ("torchrun", "--nproc-per-node", "--nnodes")
+    )
+    if nodes * local != world:
+        raise UserError(
+            f"{launcher} started {local} process(es) on this node, but {world} in all. Each node needs as many."
+        )
     if count != local:
         raise UserError(
-            f"trainer.devices: {devices} asks for {count} on each node, but torchrun started {local} process(es) on "
-            f"this one. Give torchrun --nproc-per-node {count}, or leave trainer.devices out."
+            f"trainer.devices: {devices} asks for {count} on each node, but {launcher} started {local} process(es) on "
+            f"this one. Give {launcher} {per_node} {count}, or leave trainer.devices out."
         )
     if num_nodes not in (1, nodes):
         raise UserError(
-            f"trainer.num_nodes: {num_nodes}, but torchrun started processes on {nodes}. Give torchrun --nnodes "
+            f"trainer.num_nodes: {num_nodes}, but {launcher} started processes on {nodes}. Give {launcher} {on} "
             f"{num_nodes}, or leave trainer.num_nodes out."
         )
     return Layout(local if devices == "auto" else devices, count, nodes)
 
 
+def slurm_task() -> list[SLURMEnvironment]:
+    """The plugin of a run that is SLURM's only task.
+
+    Lightning's own choice puts the job in the queue again at SIGUSR1, with a checkpoint of its own form.
+    """
+    alone = not TorchElasticEnvironment.detect() and SLURMEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if alone else []
+
+
 def _check_environment() -> None:
     """Refuse what is left of a launcher's variables; else libraries take this process for a rank that it is not."""
-    given = {name: os.environ[name] for name in ("TORCHELASTIC_RUN_ID", *ranks.LAUNCHED) if name in os.environ}
-    telling = given.keys() & {"TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK"}
+    given = {name: os.environ[name] for name in (ranks.ELASTIC, *ranks.LAUNCHED) if name in os.environ}
+    telling = given.keys() & {ranks.ELASTIC, "RANK", "LOCAL_RANK"}
     missing = [name for name in ranks.LAUNCHED if not given.get(name)]
     if telling and missing and not SLURMEnvironment.detect():
         raise UserError(

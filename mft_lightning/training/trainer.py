@@ -23,7 +23,7 @@ from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import NEVER, Evaluation, EvaluationSettings
 from mft_lightning.training.exact_match import ExactMatch
 from mft_lightning.training.fsdp1 import FlatShardedStrategy
-from mft_lightning.training.layout import find_layout
+from mft_lightning.training.layout import find_layout, slurm_task
 from mft_lightning.training.loggers import Curves, MetricsCSV, PlainLines
 from mft_lightning.training.progress import Pace, RunBar
 from mft_lightning.training.signals import EndAtOnce
@@ -149,7 +149,7 @@ def fit_trainer(
             **keys,
             "callbacks": callbacks,
             "logger": loggers,
-            "plugins": [*_listed(keys.get("plugins")), checkpoint_io],
+            "plugins": [*_listed(keys.get("plugins")), *slurm_task(), checkpoint_io],
             "max_time": None,
             "enable_progress_bar": bar,
             "default_root_dir": output_dir,
@@ -176,7 +176,7 @@ def evaluation_trainer(
             "logger": False,
             "enable_checkpointing": False,
             "enable_progress_bar": bar,
-            "plugins": [*_listed(keys.get("plugins")), checkpoint_io],
+            "plugins": [*_listed(keys.get("plugins")), *slurm_task(), checkpoint_io],
             "default_root_dir": output_dir,
             "use_distributed_sampler": False,
         }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from mft_lightning import ranks
 from mft_lightning.errors import UserError
 from mft_lightning.training.layout import Layout, find_layout
 
@@ -40,6 +43,71 @@ def test_what_is_left_open_is_what_torchrun_started(torchrun: None) -> None:
     ],
 )
 def test_a_contradiction_is_an_error(torchrun: None, devices: Any, nodes: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find_layout("cpu", devices, nodes)
+
+
+# One of the tasks that srun started on three nodes of a job, as SLURM 22.05 says it.
+TASK = {"SLURM_JOB_ID": "4071", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "gpu-[07-08,11],login"}
+TASK |= {"SLURM_STEP_NUM_TASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "2(x3)"}
+TASK |= {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "2", "SLURM_NTASKS": "6"}
+
+
+@pytest.fixture
+def srun(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Lets this process be a task of srun's, which differs in some variables."""
+
+    def start(**others: str) -> None:
+        for name, value in {**TASK, **others}.items():
+            os.environ[name] = value
+        ranks.hear_srun()
+
+    for module in ("lightning.fabric.utilities.rank_zero", "lightning_utilities.core.rank_zero"):
+        monkeypatch.setattr(f"{module}.rank_zero_only.rank", 0)
+    before = dict(os.environ)
+    yield start
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_what_is_left_open_is_what_srun_started(srun: Callable[..., None]) -> None:
+    srun()
+    said = {name: os.environ[name] for name in ranks.LAUNCHED}
+    where = {"MASTER_ADDR": "gpu-07", "MASTER_PORT": str(15000 + 4071 * 4 + 2 - 16000)}
+    assert said == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "6", **where}
+    assert find_layout("cpu", "auto", 1) == find_layout("cpu", 2, 3) == Layout(2, 2, 3)
+
+
+def test_where_srun_s_ranks_meet_can_be_said(srun: Callable[..., None]) -> None:
+    srun(MASTER_ADDR="10.0.0.7", MASTER_PORT="29500")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "29500")
+
+
+def test_srun_s_only_node_is_this_machine(srun: Callable[..., None]) -> None:
+    srun(SLURM_STEP_NODELIST="gpu-07", SLURM_STEP_TASKS_PER_NODE="6", SLURM_NODEID="0", SLURM_LOCALID="5")
+    assert (os.environ["MASTER_ADDR"], os.environ["LOCAL_WORLD_SIZE"]) == ("127.0.0.1", "6")
+
+
+@pytest.mark.parametrize("others", [dict.fromkeys(ranks.LAUNCHED, "1"), {"SLURM_STEP_NUM_TASKS": "1"}])
+def test_torchrun_below_srun_and_a_task_alone_stay_as_they_are(
+    srun: Callable[..., None], others: dict[str, str]
+) -> None:
+    srun(**others)
+    assert "GROUP_RANK" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "others", "message"),
+    [
+        (4, 1, {}, r"but srun started 2 process\(es\) on this one\. Give srun --ntasks-per-node 4, or leave"),
+        ("auto", 2, {}, r"but srun started processes on 3\. Give srun --nodes 2, or leave"),
+        ("auto", 1, {"SLURM_STEP_TASKS_PER_NODE": "1(x2),4"}, "srun started 4 .* on this node, but 6 in all"),
+    ],
+)
+def test_srun_with_other_tasks_is_an_error(
+    srun: Callable[..., None], devices: Any, nodes: int, others: dict[str, str], message: str
+) -> None:
+    srun(**others)
     with pytest.raises(UserError, match=message):
         find_layout("cpu", devices, nodes)
 
