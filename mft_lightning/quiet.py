@@ -17,7 +17,6 @@ _WARNINGS = (
     r"The `srun` command is available.*",  # on a cluster's front end; inside a job its lack is an error (layout.py)
     r".*sync_dist=True.* when logging on epoch level in distributed setting.*",  # what is logged is the same everywhere
     r"Since DeepSpeed handles gradient clipping internally.*",  # as docs/parallel.md says
-    r"The `srun` command is available on your system but is not used.*",  # nor need it be: docs/parallel.md
     r".* has both parameters with requires_grad=True and False\..*",  # of LoRA's every layer: docs/parallel.md
 )
 _ANNOUNCEMENTS = (
