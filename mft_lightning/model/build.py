@@ -146,7 +146,9 @@ def make_network(
         if needs_rows(model, tokenizer, frozen=frozen):
             weights = GrownWeights(weights, len(tokenizer), pad_vocab_to_multiple_of, source.seed)
             model.resize_token_embeddings(len(tokenizer), pad_vocab_to_multiple_of, mean_resizing=False)
-        check_assumptions(SupervisedLM(_small(model), objective), packed=packed)
+        small = _small(model)
+        check_assumptions(SupervisedLM(small, objective), packed=packed)
+        small.to("meta")  # or its memory stays until cycles are looked for
     else:
         model = build_causal_lm(source)
         if needs_rows(model, tokenizer, frozen=frozen):

@@ -155,7 +155,7 @@ class StoredWeights(Weights):
             raise UserError(f"{self.where}: {place} cannot be read ({first_line(error)}).") from error
         if not value.is_floating_point():
             return value
-        if not bool(value.isfinite().all()):
+        if not all(bool(end.isfinite()) for end in value.aminmax()):  # which takes no memory, and passes NaN on
             raise UserError(f"{self.where}: {place} is not finite; the weights are damaged.")
         return value.to(self.dtype)
 
