@@ -1,6 +1,6 @@
 """How much memory a rank needs while a sharded run starts, beside the share that it keeps.
 
-    python benchmarks/sharded_start.py [--hidden 1024] [--layers 16] [--vocabulary 8192] [--ranks 1,2,4] [--kinds random]
+    python benchmarks/sharded_start.py [--hidden 1024] [--layers 16] [--vocabulary 8192] [--ranks 1,2,4] [--kinds whole]
 
 A random GPT-NeoX of that shape is written to a temporary directory, in parts. Then it is started under FSDP2 on so many
 CPU processes: full, with adapters, and as a random draw; and, for comparison, as a random draw that is whole before it
@@ -92,7 +92,7 @@ def measure(directory: str, kind: str) -> dict[str, int]:
     sizes = {id(p): p.numel() * p.element_size() for p in built.network.parameters()}
     layers = [sum(sizes[id(p)] for p in layer.parameters()) for layer in transformer_layers(built.network)]
     model = sum(sizes.values())
-    shard(built.network, mesh["data_parallel"], ParallelSettings(), "32-true", built.complete)
+    shard(built.network, mesh, ParallelSettings(), "32-true", built.complete)
     return {"peak": peak.end(), "model": model, "unit": max(*layers, model - sum(layers))}
 
 

@@ -18,7 +18,7 @@ from mft_lightning.shipped import shipped_config
 from mft_lightning.training.callbacks import EarlyStoppingSettings
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.evaluation import EvaluationSettings
-from mft_lightning.training.layout import find_layout
+from mft_lightning.training.layout import data_parallel_size, find_layout
 from mft_lightning.training.strategies import ShardedStrategy
 from mft_lightning.training.trainer import RunSettings, check_trainer_keys, placed, weights_dtype
 from mft_lightning.yaml_text import as_yaml
@@ -86,7 +86,9 @@ class RunConfig(LightningCLI):
         parser.link_arguments("evaluation.max_conversations_per_task", "data.max_evaluation_conversations")
         parser.link_arguments("evaluation.exclude_tasks", "data.exclude_tasks")
         parser.link_arguments(
-            ("trainer.accelerator", "trainer.devices", "trainer.num_nodes"), "data.devices", compute_fn=_devices
+            ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "parallel.tensor_parallel_size"),
+            "data.devices",
+            compute_fn=_devices,
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -140,8 +142,8 @@ def _seed(value: bool | int) -> int:
     return value
 
 
-def _devices(accelerator: Any, devices: Any, num_nodes: int) -> int:
-    return find_layout(accelerator, devices, num_nodes).total
+def _devices(accelerator: Any, devices: Any, num_nodes: int, tensor_parallel_size: int) -> int:
+    return data_parallel_size(find_layout(accelerator, devices, num_nodes), tensor_parallel_size)
 
 
 def _with_shipped_configs(argv: list[str]) -> list[str]:

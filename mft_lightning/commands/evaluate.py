@@ -30,7 +30,7 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
     quieten()
     config = RunConfig(argv, command)
     module, datamodule = config.model, config.datamodule
-    module.check(datamodule)
+    module.check(datamodule, config.settings.parallel.tensor_parallel_size)
     checkpoint = None
     if config.config.ckpt_path is not None:
         settings = config.settings.checkpoint

@@ -72,7 +72,7 @@ def fit(argv: list[str]) -> None:
 def _fit(config: RunConfig) -> None:
     keys, module, datamodule, settings = config.trainer_config, config.model, config.datamodule, config.settings
     resumed = _resumed(config)
-    module.check(datamodule)
+    module.check(datamodule, config.settings.parallel.tensor_parallel_size)
     with ranks.first_before_others("data"):
         datamodule.setup("fit")
     _check_evaluation(config, datamodule)
@@ -102,7 +102,7 @@ def _fit(config: RunConfig) -> None:
     )
     plan = run_plan(trainer, module, datamodule, total_steps=total_steps, output_dir=config.output_dir, resumed=resumed)
     if resumed is not None:
-        notes += changed_layout(resumed.path, trainer.world_size)
+        notes += changed_layout(resumed.path, trainer.world_size, config.settings.parallel.tensor_parallel_size)
     say(*plan, *notes)
     start = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)

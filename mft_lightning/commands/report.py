@@ -71,8 +71,9 @@ def run_plan(
 
 def _device_line(trainer: L.Trainer) -> str:
     several = f" on each of {trainer.num_nodes} nodes" if trainer.num_nodes > 1 else ""
-    name = getattr(trainer.strategy, "short_name", None)
+    name, shared = getattr(trainer.strategy, "short_name", None), getattr(trainer.strategy, "sharing", 1)
     how = f", {name}" if name else ""
+    how += f", {shared} of them share each layer" if shared > 1 else ""
     return f"{trainer.num_devices} x {trainer.strategy.root_device.type}{several}{how}, precision {trainer.precision}"
 
 

@@ -17,6 +17,7 @@ from mft_lightning.data.collate import MicroBatch
 from mft_lightning.data.cores import available_cores
 from mft_lightning.data.corpus import Corpus, load_corpus
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
+from mft_lightning.data.place import data_parallel_place
 from mft_lightning.data.plan import Plan, deal_evaluation, limit_per_task
 from mft_lightning.data.sampling import parse_task_sampling
 from mft_lightning.data.splits import SPLITS, find_shares, nothing_to_evaluate
@@ -66,7 +67,8 @@ class MFTDataModule(L.LightningDataModule):
         trust_remote_code: run code that comes with the tokenizer.
         max_evaluation_conversations: at most so many conversations of each task in an evaluation. Default: all.
         exclude_tasks: tasks that are left out of evaluations.
-        devices: that share a step, of all nodes; the command line takes it from trainer.devices and trainer.num_nodes.
+        devices: that share out a step, of all nodes; the command line takes it from trainer.devices, trainer.num_nodes
+            and parallel.tensor_parallel_size.
         seed: of the split and the shuffles.
     """
 
@@ -286,7 +288,7 @@ class MFTDataModule(L.LightningDataModule):
         }
 
     def train_dataloader(self) -> TrainLoader:
-        rank, world = self._place()
+        rank, world = data_parallel_place(self.trainer)
         assert self.tokenizer.pad_token_id is not None
         steps = TrainSteps(
             self.table("train"),
@@ -313,7 +315,7 @@ class MFTDataModule(L.LightningDataModule):
 
     def evaluation_steps(self, split: str, chosen: np.ndarray) -> EvaluationSteps:
         """This rank's micro-batches of conversations of ``table(split)``; every rank has as many."""
-        rank, world = self._place()
+        rank, world = data_parallel_place(self.trainer)
         table = self.table(split)
         dealt = [chosen[part] for part in deal_evaluation(table.lengths[chosen], self.valid_batch_size, rank, world)]
         assert self.tokenizer.pad_token_id is not None
@@ -329,6 +331,3 @@ class MFTDataModule(L.LightningDataModule):
             return self.num_workers
         ranks = self.trainer.num_devices if self.trainer else 1
         return max(0, min(4, available_cores() // (2 * ranks) - 1))
-
-    def _place(self) -> tuple[int, int]:
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

@@ -148,7 +148,7 @@ def make_network(
             model.resize_token_embeddings(len(tokenizer), pad_vocab_to_multiple_of, mean_resizing=False)
         small = _small(model)
         check_assumptions(SupervisedLM(small, objective), packed=packed)
-        small.to("meta")  # or its memory stays until cycles are looked for
+        nn.Module.to(small, "meta")  # or its memory stays until cycles are looked for
     else:
         model = build_causal_lm(source)
         if needs_rows(model, tokenizer, frozen=frozen):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +53,17 @@ def clip_gradients(network: nn.Module, parameters: Sequence[nn.Parameter], limit
         for parameter in with_gradient:
             parameter.grad = None
     elif limit:
-        torch.nn.utils.clip_grads_with_norm_(with_gradient, limit, measured)
+        for together in by_mesh(with_gradient).values():
+            torch.nn.utils.clip_grads_with_norm_(together, limit, measured)
     return norm
+
+
+def by_mesh(parameters: Iterable[nn.Parameter]) -> dict[Any, list[nn.Parameter]]:
+    """Parameters by the devices they are shared out over; torch takes several at once only where these are the same."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return found
 
 
 def telling(loss: Tensor) -> Tensor:
@@ -76,26 +86,30 @@ def global_norm(gradients: Iterable[Tensor], network: nn.Module | None = None) -
             have none.
     """
     whole: list[Tensor] = []
-    shards: list[Tensor] = []
-    group = None
+    shards: dict[tuple[Any, ...], list[Tensor]] = {}  # by the groups to add them up over
     flat = network if isinstance(network, FullyShardedDataParallel) else None
     if flat is not None:
-        group = flat.process_group
-        shards.append(torch.zeros((), dtype=torch.float64, device=flat.compute_device))
+        shards[(flat.process_group,)] = [torch.zeros((), dtype=torch.float64, device=flat.compute_device)]
     for gradient in gradients:
         if isinstance(gradient, DTensor):
-            group = gradient.device_mesh.get_group()
-            shards.append(_squares(gradient.to_local()))
+            shards.setdefault(_groups(gradient), []).append(_squares(gradient.to_local()))
         elif flat is not None:
-            shards.append(_squares(gradient).to(flat.compute_device))
+            shards[(flat.process_group,)].append(_squares(gradient).to(flat.compute_device))
         else:
             whole.append(_squares(gradient))
     total = torch.stack(whole or [torch.zeros((), dtype=torch.float64)]).sum()
-    if shards:
-        shared = torch.stack(shards).sum()
-        dist.all_reduce(shared, group=group)
+    for groups, parts in shards.items():
+        shared = torch.stack(parts).sum()
+        for group in groups:
+            dist.all_reduce(shared, group=group)
         total = total.to(shared.device) + shared
     return total.sqrt()
+
+
+def _groups(gradient: DTensor) -> tuple[Any, ...]:
+    """Those over which a tensor is sharded; over the others of its mesh it is the same."""
+    mesh = gradient.device_mesh
+    return tuple(mesh.get_group(axis) for axis, how in enumerate(gradient.placements) if not how.is_replicate())
 
 
 def _squares(gradient: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from mft_lightning import ranks
 from mft_lightning.data.collate import MicroBatch, StepBatch
 from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.data.place import data_parallel_place
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.build import Attention, Built, ModelSource, load_config, make_network
 from mft_lightning.model.export import describe, trained_names
@@ -22,10 +23,11 @@ from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, 
 from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, matrix_names, put_in_force
-from mft_lightning.model.parallel import live_parameters
+from mft_lightning.model.parallel import data_parallel_group, live_parameters
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.step_result import StepResult
 from mft_lightning.model.supervised_loss import SupervisedLM
+from mft_lightning.model.tensor_parallel import check_tensor_parallel
 from mft_lightning.shipped import shipped_example
 from mft_lightning.weighting.coba import CobaSettings
 from mft_lightning.weighting.famo import FamoSettings
@@ -163,9 +165,10 @@ class MFTModule(L.LightningModule):
     def datamodule(self) -> MFTDataModule:
         return cast(MFTDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]  # Lightning sets it untyped
 
-    def check(self, datamodule: MFTDataModule) -> None:
+    def check(self, datamodule: MFTDataModule, tensor_parallel_size: int = 1) -> None:
         """Raise what can be known without loading weights or data."""
         config = load_config(self.source.path, self.source.model_type, self.source.trust_remote_code)
+        check_tensor_parallel(config, tensor_parallel_size)
         if datamodule.task_weights is not None and self.weighted_loss_mode not in TASK_WEIGHTED_MODES:
             raise UserError(
                 f"data.task_weights: model.weighted_loss_mode: {self.weighted_loss_mode} takes no weights of tasks. "
@@ -236,7 +239,7 @@ class MFTModule(L.LightningModule):
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """Forward and backward over this rank's micro-batches; the last one's backward is left to Lightning.
 
-        Each loss is multiplied by the number of ranks, which undoes the averaging of gradients over them.
+        Each loss is multiplied by the number of data-parallel ranks, which undoes the averaging of gradients over them.
         """
         self.trainer.optimizers[0].zero_grad()
         *head, last = batch.micros
@@ -250,7 +253,7 @@ class MFTModule(L.LightningModule):
     def _micro_loss(self, micro: MicroBatch, batch: StepBatch, result: StepResult) -> Tensor:
         output = self._network(micro, partial(self._factors, batch))
         result.add(micro, output)
-        return telling(output.loss) * self.trainer.world_size
+        return telling(output.loss) * data_parallel_place(self.trainer)[1]
 
     def _factors(self, batch: StepBatch, micro: MicroBatch) -> Tensor:
         """What each conversation of a micro-batch counts in its step, ``float64 [C]``."""
@@ -305,6 +308,7 @@ class MFTModule(L.LightningModule):
 
     def _report(self, prefix: str) -> None:
         sums = self.sums[prefix].to(self.device)  # where ranks meet, even if this one had nothing to add
+        sums.process_group = data_parallel_group(self.trainer)
         values = {f"{prefix}/{name}": value for name, value in sums.compute().items()}
         sums.reset()
         self.log_dict(values, logger=False)  # for callbacks; the loggers get the step that the axis is defined by

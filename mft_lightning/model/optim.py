@@ -12,6 +12,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from mft_lightning.errors import UserError
+from mft_lightning.model.gradients import by_mesh
 
 SchedulerType = Literal[
     "cosine",
@@ -69,11 +70,13 @@ class OptimizerSettings:
             matrices: the names of those that decay, of :func:`matrix_names`.
             total_steps: of the whole run.
         """
+        groups = parameter_groups(parameters, matrices, self.weight_decay)
         optimizer = AdamW(
-            parameter_groups(parameters, matrices, self.weight_decay),
+            groups,
             lr=self.learning_rate,
             betas=(self.adam_beta1, self.adam_beta2),
             eps=self.adam_epsilon,
+            foreach=None if all(len(by_mesh(group["params"])) == 1 for group in groups) else False,
         )
         factor = learning_rate_factor(
             self.lr_scheduler_type,
@@ -106,7 +109,7 @@ def matrix_names(module: nn.Module) -> set[str]:
 
 def parameter_groups(
     parameters: Iterable[tuple[str, nn.Parameter]], matrices: Collection[str], weight_decay: float
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: matrices decay; biases and norms (fewer than two dimensions) do not."""
     trainable = [(name in matrices, parameter) for name, parameter in parameters if parameter.requires_grad]
     groups = [

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import lightning as L
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -22,10 +24,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate
 
-from mft_lightning.errors import NotYetError, UserError
+from mft_lightning import ranks
+from mft_lightning.errors import UserError
 from mft_lightning.model.supervised_loss import SupervisedLM
+from mft_lightning.model.tensor_parallel import split_layer
 
 
 @dataclass(kw_only=True)
@@ -33,7 +37,8 @@ class ParallelSettings:
     """Options of training on several devices.
 
     Args:
-        tensor_parallel_size: devices that share one layer's matrices; not supported yet.
+        tensor_parallel_size: fsdp: neighbouring devices that share each layer's matrices. It divides the devices, which
+            then share out data in groups.
         reshard_after_forward: fsdp: free a layer's gathered weights after its forward and gather them again for its
             backward. Without it they are kept: more memory, less communication.
         cpu_offload: fsdp: keep sharded weights, gradients and optimizer states in host memory (not yet run on a GPU).
@@ -45,10 +50,6 @@ class ParallelSettings:
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     find_unused_parameters: bool = False
-
-    def __post_init__(self) -> None:
-        if self.tensor_parallel_size != 1:
-            raise NotYetError("parallel.tensor_parallel_size", self.tensor_parallel_size, "Use 1.")
 
 
 # trainer.precision -> how gathered weights are held, and gradients reduced
@@ -69,8 +70,8 @@ def shard(
 
     Args:
         network: with its full weights, the same on every rank; or a sketch.
-        mesh: one dimension, the data-parallel ranks.
-        settings: whether to keep gathered weights, and where the sharded ones lie.
+        mesh: ``data_parallel``, and ``tensor_parallel`` where that is more than one.
+        settings: whether to keep gathered weights, where the sharded ones lie, and how many share a layer.
         precision: ``trainer.precision``.
         complete: gives a part of a sketch its weights, which is sharded before the next part has its own.
 
@@ -79,12 +80,14 @@ def shard(
     """
     on_gpu = mesh.device_type == "cuda"
     options: dict[str, Any] = {
-        "mesh": mesh,
+        "mesh": mesh["data_parallel"],
         "mp_policy": MIXED_PRECISION.get(precision, MixedPrecisionPolicy()),
         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if settings.cpu_offload else OffloadPolicy(),
     }
     for layer in transformer_layers(network):
         complete(layer)
+        if settings.tensor_parallel_size > 1:
+            split_layer(layer, network.causal_lm.config.model_type, mesh["tensor_parallel"])
         fully_shard(layer, reshard_after_forward=settings.reshard_after_forward, **options)
     complete(network)
     fully_shard(network, **options)
@@ -123,7 +126,11 @@ def is_sharded(network: nn.Module) -> bool:
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank; all ranks must ask. Another tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    for axis in range(tensor.device_mesh.ndim):  # one after the other, or torch warns that it does so
+        tensor = tensor.redistribute(placements=[Replicate()] * (axis + 1) + list(tensor.placements[axis + 1 :]))
+    return tensor.to_local()
 
 
 def gathered_state(state: Mapping[str, Any], keep: bool) -> dict[str, Any]:
@@ -155,8 +162,32 @@ def _memory(tensor: Tensor) -> int:
 def fill(target: Tensor, whole: Tensor) -> None:
     """Copy a tensor that every rank has the whole of into one that may be sharded; nothing is communicated."""
     if isinstance(target, DTensor):
-        mesh = target.device_mesh
-        source = distribute_tensor(whole.to(mesh.device_type), mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(source.to_local())
+        target.to_local().copy_(_share(whole, target))
     else:
         target.copy_(whole)
+
+
+def _share(whole: Tensor, like: DTensor) -> Tensor:
+    """This rank's part of a tensor that is sharded as another one: first over those that share a layer."""
+    mesh, place = like.device_mesh, like.device_mesh.get_coordinate()
+    assert place is not None
+    for axis in reversed(range(mesh.ndim)):
+        dim = getattr(like.placements[axis], "dim", None)
+        if dim is None:  # replicated
+            continue
+        parts = whole.chunk(mesh.size(axis), dim)
+        whole = parts[place[axis]] if place[axis] < len(parts) else whole.narrow(dim, 0, 0)
+    return whole
+
+
+def data_parallel_group(trainer: L.Trainer) -> Any:
+    """The process group of the ranks that share out the data, where it is not the whole world."""
+    mesh = getattr(trainer.strategy, "device_mesh", None)
+    return None if mesh is None else mesh["data_parallel"].get_group()
+
+
+def summed_over_data(trainer: L.Trainer, part: Tensor) -> Tensor:
+    """A tensor added up, in place, over the ranks that share out the data."""
+    if ranks.are_several():
+        dist.all_reduce(part, group=data_parallel_group(trainer))
+    return part

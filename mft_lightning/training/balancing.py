@@ -13,6 +13,7 @@ from mft_lightning.data.cycle import TaskCycle
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
+from mft_lightning.model.parallel import summed_over_data
 from mft_lightning.weighting.coba import CobaSettings
 
 
@@ -81,4 +82,4 @@ class Balancing(L.Callback):
 
 
 def _over_ranks(trainer: L.Trainer, part: Tensor) -> Tensor:
-    return trainer.strategy.reduce(part.clone(), reduce_op="sum").cpu()
+    return summed_over_data(trainer, part.clone()).cpu()

@@ -14,10 +14,12 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 
 from mft_lightning.aside import written_aside
+from mft_lightning.data.place import data_parallel_place
 from mft_lightning.errors import UserError
 from mft_lightning.model.base import holds
 from mft_lightning.model.export import save_base, save_causal_lm
 from mft_lightning.model.module import MFTModule
+from mft_lightning.model.parallel import summed_over_data
 from mft_lightning.model.step_result import StepResult
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.retention import supersede
@@ -26,13 +28,16 @@ from mft_lightning.training.stages import is_run_end
 
 
 class StepSeeding(L.Callback):
-    """Reseeds every rank at every step from (seed, step, rank), so that there is no RNG state to lose."""
+    """Reseeds every rank at every step from (seed, step, data-parallel rank), so that there is no RNG state to lose.
+
+    Ranks of one tensor-parallel group draw the same, as values that all of them have must have the same dropout.
+    """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        entropy = np.random.SeedSequence([self.seed, trainer.global_step, trainer.global_rank])
+        entropy = np.random.SeedSequence([self.seed, trainer.global_step, data_parallel_place(trainer)[0]])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
@@ -89,7 +94,7 @@ class StepLogging(L.Callback):
     def _metrics(self, trainer: L.Trainer, module: MFTModule, result: StepResult) -> dict[str, float]:
         names = module.datamodule.task_names
         sums = torch.cat([result.loss[None], result.nll, result.correct])
-        loss, *sums_of_tasks = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        loss, *sums_of_tasks = summed_over_data(trainer, sums).tolist()
         nll, correct = sums_of_tasks[: len(names)], sums_of_tasks[len(names) :]
         assert result.grad_norm is not None
         now = time.perf_counter()

@@ -105,6 +105,7 @@ class HFCheckpointIO(CheckpointIO):
             "fingerprint": self.module.fingerprint(datamodule),
             "chat_format": {"normalize_punctuation": datamodule.chat_format.normalize_punctuation},
             "processes": self.module.trainer.world_size,
+            "tensor_parallel": getattr(self.module.trainer.strategy, "sharing", 1),
             "versions": {
                 "mft_lightning": mft_lightning.__version__,
                 "torch": torch.__version__,

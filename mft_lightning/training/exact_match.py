@@ -13,10 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from mft_lightning import ranks
 from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.data.place import data_parallel_place
 from mft_lightning.errors import UserError
 from mft_lightning.model.generation import GenerationSettings, answer, answer_together
 from mft_lightning.model.module import MFTModule
-from mft_lightning.model.parallel import is_sharded
+from mft_lightning.model.parallel import is_sharded, summed_over_data
 from mft_lightning.training.evaluation import EvaluationSettings
 from mft_lightning.training.progress import RunBar
 from mft_lightning.training.signals import GracefulStop
@@ -89,7 +90,8 @@ class ExactMatch(L.Callback):
         assert network is not None
         held = list(held_answers(datamodule, split, self.per_task))
         settings = GenerationSettings(max_new_tokens=max((len(h.reference) for h in held), default=0) + 1)
-        mine = sorted(held[trainer.global_rank :: trainer.world_size], key=lambda h: len(h.prompt))
+        rank, world = data_parallel_place(trainer)
+        mine = sorted(held[rank::world], key=lambda h: len(h.prompt))
         counts = torch.zeros(2, len(datamodule.task_names), dtype=torch.float64, device=module.device)
         if trainer.is_global_zero:
             print(f"answering {len(held):,} held-out prompts", flush=True)
@@ -119,7 +121,7 @@ class ExactMatch(L.Callback):
         if bar is not None:
             bar.end_part()
         network.train(training)
-        exact, asked = trainer.strategy.reduce(counts, reduce_op="sum").long().tolist()
+        exact, asked = summed_over_data(trainer, counts).long().tolist()
         rows = zip(datamodule.task_names, exact, asked, strict=True)
         self.counts = {name: (right, of) for name, right, of in rows if of}
         prefix = "test" if split == "test" else "val"

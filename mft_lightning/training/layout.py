@@ -68,6 +68,23 @@ def find_layout(accelerator: Any, devices: Any, num_nodes: int) -> Layout:
     return Layout(local if devices == "auto" else devices, count, nodes)
 
 
+def data_parallel_size(layout: Layout, tensor_parallel_size: int) -> int:
+    """How many share out the data, where so many devices share each layer.
+
+    Raises:
+        UserError: a size that is none, or does not divide the devices.
+    """
+    key = "parallel.tensor_parallel_size"
+    if tensor_parallel_size < 1:
+        raise UserError(f"{key}: {tensor_parallel_size} is less than 1.")
+    if layout.total % tensor_parallel_size:
+        raise UserError(
+            f"{key}: {tensor_parallel_size} does not divide the {layout.total} device(s) of trainer.devices and "
+            "trainer.num_nodes."
+        )
+    return layout.total // tensor_parallel_size
+
+
 def slurm_task() -> list[SLURMEnvironment]:
     """The plugin of a run that is SLURM's only task.
 

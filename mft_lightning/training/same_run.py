@@ -37,14 +37,18 @@ def check_same_run(directory: Path, now: dict[str, Any], may_change: Collection[
     return list(said.values())
 
 
-def changed_layout(directory: Path, processes: int) -> list[str]:
-    """What to say where a run goes on with another number of processes."""
-    before = read_metadata(directory)["processes"]
-    if before == processes:
+def changed_layout(directory: Path, processes: int, sharing: int) -> list[str]:
+    """What to say where a run goes on with another number of processes, or of those that share a layer."""
+    metadata = read_metadata(directory)
+    before, now = (metadata["processes"], metadata.get("tensor_parallel", 1)), (processes, sharing)
+    if before == now:
         return []
+    told = [
+        f"{count} process(es)" + (f", {shared} to a layer," if shared > 1 else "") for count, shared in (now, before)
+    ]
     return [
-        f"note: {processes} process(es) go on where {before} left off, over the same global batches. Sums are taken in "
-        "another order, and dropout draws other masks."
+        f"note: {told[0]} go on where {told[1]} left off, over the same global batches. Sums are taken in another "
+        "order, and dropout draws other masks."
     ]
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import distributed as dist
 
 from mft_lightning.aside import written_aside
+from mft_lightning.data.place import data_parallel_place
 from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
+from mft_lightning.model.parallel import data_parallel_group
 from mft_lightning.screen import json_line, printable, shown
 
 SKIPPED_STEPS = "skipped_steps.jsonl"  # in the output directory: the skipped steps and their conversations
@@ -95,9 +97,9 @@ def _conversations(module: MFTModule) -> list[dict[str, Any]]:
     assert step is not None
     mine = torch.stack([torch.cat(step.numbers).double(), torch.cat(step.conversation_nll).double()]).tolist()
     parts: list[Any] = [mine]
-    if module.trainer.world_size > 1:
-        parts = [None] * module.trainer.world_size
-        dist.all_gather_object(parts, mine)
+    if (world := data_parallel_place(module.trainer)[1]) > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine, group=data_parallel_group(module.trainer))
     table, names = datamodule.table("train"), datamodule.task_names
     pairs = sorted(pair for numbers, nll in parts for pair in zip(map(int, numbers), nll, strict=True))
     return [

@@ -57,6 +57,8 @@ class AdoptedDDPStrategy(LaunchedStrategy, DDPStrategy):
 class ShardedStrategy(LaunchedStrategy, ModelParallelStrategy):
     """FSDP2: weights, gradients and optimizer states are shared out over all devices of all nodes.
 
+    With tensor parallelism, neighbouring devices share each layer's matrices, and groups of them the rest.
+
     Lightning's strategy leaves sharding to the module and writes checkpoints of its own forms. Here the network is
     sharded after it was built, and checkpoints are those of every other strategy: gathered on saving, and on loading
     each rank takes its shards out of the whole.
@@ -69,14 +71,20 @@ class ShardedStrategy(LaunchedStrategy, ModelParallelStrategy):
         super().__init__(process_group_backend=ranks.backend())
         self.settings, self.precision, self.command = settings, precision, command
 
+    @property
+    def sharing(self) -> int:
+        """How many devices share each layer's matrices."""
+        return self.settings.tensor_parallel_size
+
     def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        self._tensor_parallel_size = self.settings.tensor_parallel_size
+        self._data_parallel_size = self.num_nodes * self.num_processes // self._tensor_parallel_size
         super().setup_environment()
 
     def setup(self, trainer: L.Trainer) -> None:
         built = cast(MFTModule, self.lightning_module).built
         assert built is not None
-        shard(built.network, self.device_mesh["data_parallel"], self.settings, self.precision, built.complete)
+        shard(built.network, self.device_mesh, self.settings, self.precision, built.complete)
         super().setup(trainer)
 
     def model_to_device(self) -> None:
@@ -135,7 +143,9 @@ def make_strategy(
     Raises:
         UserError: an unknown name, options that the strategy does not have, or a strategy that cannot do this.
     """
-    name = ("ddp" if layout.total > 1 else "auto") if asked == "auto" else asked
+    name = asked
+    if asked == "auto" and layout.total > 1:
+        name = "fsdp" if settings.tensor_parallel_size > 1 else "ddp"
     _check_options(name, settings)
     if isinstance(name, Strategy):
         return _adopted(name, layout=layout, precision=precision, command=command)
@@ -201,6 +211,7 @@ def _check_options(name: str | Strategy, settings: ParallelSettings) -> None:
     """Refuse options that would have no effect."""
     default = ParallelSettings()
     for key, strategy in (
+        ("tensor_parallel_size", "fsdp"),
         ("reshard_after_forward", "fsdp"),
         ("cpu_offload", "fsdp"),
         ("find_unused_parameters", "ddp"),

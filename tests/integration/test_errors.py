@@ -36,6 +36,16 @@ GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
         (("--trainer.strategy", "fsdp", "--trainer.precision", "16-mixed"), "trainer.precision: 16-mixed"),
         (("--trainer.devices", "0"), "trainer: "),
         (("--parallel.cpu_offload", "true"), "parallel.cpu_offload: is an option of trainer.strategy: fsdp"),
+        (("--parallel.tensor_parallel_size", "0"), "parallel.tensor_parallel_size: 0 is less than 1"),
+        (("--parallel.tensor_parallel_size", "2"), "2 does not divide the 1 device(s) of trainer.devices"),
+        (
+            ("--parallel.tensor_parallel_size", "2", "--trainer.devices", "2", "--trainer.strategy", "ddp"),
+            "parallel.tensor_parallel_size: is an option of trainer.strategy: fsdp",
+        ),
+        (
+            ("--parallel.tensor_parallel_size", "3", "--trainer.devices", "3"),
+            "parallel.tensor_parallel_size: 3 does not divide the model's num_attention_heads",
+        ),
         (("--parallel.find_unused_parameters", "true"), "parallel.find_unused_parameters: is an option of"),
         (("--parallel.tensor_parallel_size", "2"), "parallel.tensor_parallel_size: 2 is not supported yet"),
         (("--checkpoint.sharded", "true"), "checkpoint.sharded: True is not supported yet"),

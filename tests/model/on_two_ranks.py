@@ -76,7 +76,7 @@ def main(directory: str) -> None:
     mine = PROMPTS[dist.get_rank()]
     alone = [answer(network.model, tokenizer, batch, settings) if batch else [] for batch in mine]
 
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))["data_parallel"]
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("data_parallel",))
     shard(network, mesh, ParallelSettings(), "32-true")
 
     state = network.state_dict()

@@ -5,10 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
-from mft_lightning.errors import NotYetError
-from mft_lightning.model.parallel import ParallelSettings
 from tests.integration import preloaded
 
 
@@ -17,8 +13,3 @@ def test_a_sharded_network_on_two_ranks(tiny_model: Path) -> None:
     done = preloaded.run_on_ranks(2, words, {**os.environ, "PYTHONPATH": str(preloaded.ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "all as before\n"
-
-
-def test_tensor_parallelism_is_refused() -> None:
-    with pytest.raises(NotYetError, match=r"parallel\.tensor_parallel_size: 2"):
-        ParallelSettings(tensor_parallel_size=2)

@@ -1,0 +1,63 @@
+"""One layer's matrices shared out over several devices: which are cut by columns, and which by rows.
+
+GPT-NeoX has its queries, keys and values in one matrix, interleaved head by head, so that a block of its columns is
+whole heads: attention goes on with the heads that are there. The matrix after each such block is cut by rows, and its
+products are added up over the devices; between the two nothing is communicated. Everything else (norms, embeddings,
+the head) is on every device of a group, sees the same values there and has the same gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import PretrainedConfig
+
+from mft_lightning.errors import UserError
+
+KEY = "parallel.tensor_parallel_size"
+PLANS: dict[str, dict[str, type[ColwiseParallel] | type[RowwiseParallel]]] = {
+    "gpt_neox": {
+        "attention.query_key_value": ColwiseParallel,
+        "attention.dense": RowwiseParallel,
+        "mlp.dense_h_to_4h": ColwiseParallel,
+        "mlp.dense_4h_to_h": RowwiseParallel,
+    }
+}
+
+
+def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
+    """Raise where a model cannot be shared out so.
+
+    Raises:
+        UserError: a type whose plan is not known, or heads or columns that the devices do not divide.
+    """
+    if size == 1:
+        return
+    if config.model_type not in PLANS:
+        raise UserError(f"{KEY}: how to cut a {config.model_type} is not known. Use 1, and trainer.strategy: fsdp.")
+    for name in ("num_attention_heads", "intermediate_size"):
+        if (value := getattr(config, name)) % size:
+            raise UserError(f"{KEY}: {size} does not divide the model's {name} ({value}).")
+
+
+def split_layer(layer: nn.Module, model_type: str, mesh: DeviceMesh) -> None:
+    """Leave this device its part of a layer's matrices, in place; every device has the whole layer before.
+
+    An adapter beside a matrix that is cut by columns has its second factor cut so, one beside rows its first.
+
+    Args:
+        layer: a transformer layer, with adapters or without.
+        model_type: of the model.
+        mesh: one dimension, the devices that share the layer.
+    """
+    plan: dict[str, Any] = {}
+    for name, style in PLANS[model_type].items():
+        if hasattr(layer.get_submodule(name), "lora_A"):
+            factor = "lora_B" if style is ColwiseParallel else "lora_A"
+            plan |= {f"{name}.base_layer": style(), f"{name}.{factor}.default": style()}
+        else:
+            plan[name] = style()
+    parallelize_module(layer, mesh, plan, src_data_rank=None)
