@@ -27,7 +27,7 @@ def written_aside(path: Path, *, replace_directory: bool = False) -> Iterator[Pa
         OSError: it cannot be written, synced or renamed. ``path`` is as it was, and nothing is left beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(path)
+    aside = aside_of(path)
     _remove(aside)
     try:
         yield aside
@@ -74,7 +74,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _aside(path: Path) -> Path:
+def aside_of(path: Path) -> Path:
+    """Where :func:`written_aside` writes."""
     return path.with_name(f".{path.name}{UNFINISHED}")
 
 

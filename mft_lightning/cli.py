@@ -23,6 +23,7 @@ COMMANDS = {
     "inspect": ("mft_lightning.commands.inspect:inspect", "show what the model will see and learn from"),
     "prepare": ("mft_lightning.commands.prepare:prepare", "tokenise the data of a run beforehand"),
     "generate": ("mft_lightning.commands.generate:generate", "ask a checkpoint"),
+    "consolidate": ("mft_lightning.commands.consolidate:consolidate", "make one model of a sharded checkpoint"),
     "merge": ("mft_lightning.commands.merge:merge", "make an adapter and its base one model"),
 }
 RANKED = ("fit", "validate", "test")  # commands that run on several processes

@@ -18,6 +18,7 @@ from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.build import adapter_base, is_adapter
 from mft_lightning.model.export import adapter_dtype
+from mft_lightning.model.weight_files import MODEL_SHARDS
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -48,6 +49,11 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
         raise UserError(f"{key} {directory}: is no directory. Give a checkpoint, like OUTPUT_DIR/step-00000100.")
     if not is_adapter(directory) and not (directory / "config.json").is_file():
         raise UserError(f"{key} {directory}: holds no model. Give a checkpoint, like OUTPUT_DIR/step-00000100.")
+    if (directory / MODEL_SHARDS).is_dir():
+        raise UserError(
+            f"{key} {directory}: is a sharded checkpoint. Make a model of it with python -m mft_lightning consolidate "
+            f"--checkpoint {directory} --output DIR."
+        )
     metadata = None
     if (directory / METADATA).is_file():
         verify_weights(directory)

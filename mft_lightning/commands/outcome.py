@@ -15,6 +15,7 @@ from mft_lightning.screen import Grid, labelled, program, shown
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.checkpoint_choice import find_best, find_checkpoints
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo
+from mft_lightning.training.shards import is_sharded_checkpoint
 
 COLUMNS = (
     "task",
@@ -101,13 +102,18 @@ def next_commands(output_dir: Path, tensorboard_dir: Path, chosen: CheckpointInf
     commands = []
     if any(tensorboard_dir.glob("events.out.tfevents.*")):
         commands.append(("curves", f"{program('tensorboard')} --logdir {shown(tensorboard_dir)}"))
+    model = shown(chosen.path)
+    if is_sharded_checkpoint(chosen.path):
+        whole = shown(output_dir / f"whole-{chosen.path.name}")
+        commands.append(("one model", f"{run} consolidate --checkpoint {model} --output {whole}"))
+        model = whole
     commands += [
-        ("ask it", f'{run} generate --model {shown(chosen.path)} --prompt "..."'),
+        ("ask it", f'{run} generate --model {model} --prompt "..."'),
         ("go on", f"{run} fit --config {config} --ckpt_path last {go_on}".rstrip()),
     ]
     if is_adapter(chosen.path):
         merged = shown(output_dir / f"merged-{chosen.path.name}")
-        commands.append(("merge", f"{run} merge --adapter {shown(chosen.path)} --output {merged}"))
+        commands.append(("merge", f"{run} merge --adapter {model} --output {merged}"))
     return commands
 
 

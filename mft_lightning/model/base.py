@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mft_lightning.errors import UserError
-from mft_lightning.model.weight_files import UNREADABLE, WeightFiles
+from mft_lightning.model.weight_files import UNREADABLE, open_weights
 from mft_lightning.model.weights import live_names
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def base_digest(base: Mapping[str, Tensor]) -> str:
 def holds(directory: Path, base: Mapping[str, Tensor], model: PreTrainedModel) -> bool:
     """Whether a directory holds these very weights of a model, bit for bit."""
     try:
-        files = WeightFiles(str(directory))
+        files = open_weights(str(directory))
         places = {name: place for place, name in live_names(files.names(), model)}
         if not base.keys() <= places.keys():
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy, deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.base import base_digest
+from mft_lightning.model.weight_files import MODEL_SHARDS, ShardFiles
+from mft_lightning.model.weights import sketch
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,7 +54,7 @@ class ModelWriter:
             self._adapted = _adapter_twin(model)
             return
         assert isinstance(model, PreTrainedModel)
-        self._whole = _twin(model)
+        self._whole = twin(model)
 
     def __call__(self, state: dict[str, Tensor], directory: Path) -> None:
         """Write ``state``, tensors by the live model's names, into an existing directory."""
@@ -63,16 +65,25 @@ class ModelWriter:
         _open_to_others(directory)
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
+    def describe(self, directory: Path) -> None:
+        """Write all but the weights."""
+        self({}, directory)
+        (directory / ADAPTER_FILE).unlink(missing_ok=True)
+
+    def place(self, name: str) -> str:
+        """The name that a tensor of the live model has in a file."""
+        return name.replace(".default.", ".") if self._adapted is not None else _place(self._whole, name)
+
 
 def save_causal_lm(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
     """Write ``state`` as ``from_pretrained`` reads it, in the live dtype; see :class:`ModelWriter`."""
-    _save_through(_twin(model), state, directory)
+    _save_through(twin(model), state, directory)
 
 
-def _save_through(twin: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
+def _save_through(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
     # gathered one by one, tied weights no longer share the memory by which transformers knows them
-    once = {name: tensor for name, tensor in state.items() if name not in twin.all_tied_weights_keys}
-    twin.save_pretrained(directory, state_dict=once)
+    once = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
+    model.save_pretrained(directory, state_dict=once)
     _open_to_others(directory)
 
 
@@ -84,21 +95,34 @@ def save_base(model: PreTrainedModel, base: Mapping[str, Tensor], directory: Pat
         base: every tensor, made when it is asked for.
         directory: an existing one.
     """
-    twin = _twin(model)
-    twin.save_pretrained(directory, state_dict={})  # configuration and generation config
-    state = twin.state_dict()
-    places = {next(iter(revert_weight_conversion(twin, {name: state[name]}))): name for name in base}
+    own = twin(model)
+    own.save_pretrained(directory, state_dict={})  # configuration and generation config
+    places, state = {_place(own, name): name for name in base}, own.state_dict()
+    write_parts({place: state[name] for place, name in places.items()}, lambda place: base[places[place]], directory)
+
+
+def write_parts(shaped: dict[str, Tensor], read: Callable[[str], Tensor], directory: Path) -> None:
+    """Write ``model.safetensors``, or several of them and their index, a file in memory at a time.
+
+    Args:
+        shaped: a tensor of the right shape and dtype for every name, whose values are not looked at.
+        read: gives those of a name.
+        directory: an existing one, with the model's configuration.
+    """
     split = split_torch_state_dict_into_shards(
-        {place: state[name] for place, name in places.items()},
-        filename_pattern=SAFE_WEIGHTS_NAME.replace(".", "{suffix}."),
-        max_shard_size=PART,
+        shaped, filename_pattern=SAFE_WEIGHTS_NAME.replace(".", "{suffix}."), max_shard_size=PART
     )
     for file, held in split.filename_to_tensors.items():
-        save_file({place: base[places[place]].contiguous() for place in held}, directory / file, {"format": "pt"})
+        save_file({name: read(name).contiguous() for name in held}, directory / file, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     _open_to_others(directory)
+
+
+def _place(model: PreTrainedModel, name: str) -> str:
+    """The name that a weight has in a file."""
+    return next(iter(revert_weight_conversion(model, {name: model.state_dict()[name]})))
 
 
 def _open_to_others(directory: Path) -> None:
@@ -108,21 +132,21 @@ def _open_to_others(directory: Path) -> None:
         file.chmod(mode)
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    with torch.device("meta"):
-        twin: PreTrainedModel = AutoModelForCausalLM.from_config(model.config, dtype=model.dtype)
-    twin.generation_config = deepcopy(model.generation_config)  # of the live model, generating changes it
-    return twin
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A sketch of the same model, with the generation config that it has now."""
+    made = sketch(model.config, model.dtype)
+    made.generation_config = deepcopy(model.generation_config)  # of the live model, generating changes it
+    return made
 
 
 def _adapter_twin(model: PeftModel) -> PeftModel:
     from peft import get_peft_model  # here for the start-up time of a run without adapters
 
     base: Any = model.get_base_model()
-    twin = _twin(base)
-    twin.name_or_path = base.name_or_path
+    own = twin(base)
+    own.name_or_path = base.name_or_path
     with torch.device("meta"):
-        adapted: Any = get_peft_model(twin, copy(model.peft_config["default"]), autocast_adapter_dtype=False)
+        adapted: Any = get_peft_model(own, copy(model.peft_config["default"]), autocast_adapter_dtype=False)
     return adapted
 
 
@@ -163,11 +187,18 @@ def not_whole(directory: Path) -> UserError:
 
 
 def _load_adapter(model: PeftModel, directory: Path) -> dict[str, Tensor]:
-    if not (directory / ADAPTER_FILE).is_file():
+    if not (directory / "adapter_config.json").is_file():
         raise UserError(f"{directory}: holds no adapter. Was it saved without model.peft_type: lora?")
-    saved = load_file(directory / ADAPTER_FILE)
+    saved = _adapter_tensors(directory)
     live = {name.replace(".default.", "."): name for name in trained_names(model)}  # peft saves without its own name
     return {live.get(name, name): tensor for name, tensor in saved.items()}
+
+
+def _adapter_tensors(directory: Path) -> dict[str, Tensor]:
+    if not (directory / MODEL_SHARDS).is_dir():
+        return load_file(directory / ADAPTER_FILE)
+    files = ShardFiles(directory / MODEL_SHARDS)
+    return {name: files.read(name) for name in files.names()}
 
 
 def describe(model: nn.Module, causal_lm: PreTrainedModel, base: Mapping[str, Tensor]) -> dict[str, Any]:

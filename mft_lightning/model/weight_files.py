@@ -1,15 +1,16 @@
-"""The weights that a model directory or hub id holds, tensor by tensor, none of them read before it is asked for."""
+"""The tensors that a model directory or hub id holds, none of them read before it is asked for."""
 
 from __future__ import annotations
 
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -21,14 +22,32 @@ from transformers.utils import (
 UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
-class WeightFiles:
-    """Tensors by the names they have in the files.
+MODEL_SHARDS, OPTIMIZER_SHARDS = "shards/model", "shards/optimizer"  # of a sharded checkpoint
 
-    Args:
-        path: a model directory or hub id, with safetensors or else PyTorch files; in one file or in several.
+
+class TensorFiles(Protocol):
+    """Tensors by the names they have in files."""
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+def open_weights(path: str) -> TensorFiles:
+    """The weights of a model directory or hub id, or of a sharded checkpoint.
 
     Raises:
         one of ``UNREADABLE``: there are none, or they are damaged.
+    """
+    shards = Path(path) / MODEL_SHARDS
+    return ShardFiles(shards) if shards.is_dir() else WholeFiles(path)
+
+
+class WholeFiles:
+    """Safetensors or else PyTorch files, one or several.
+
+    Args:
+        path: a model directory or hub id.
     """
 
     def __init__(self, path: str) -> None:
@@ -50,6 +69,45 @@ class WeightFiles:
     def read(self, name: str) -> Tensor:
         found = self._open[name]
         return found if isinstance(found, Tensor) else found.get_tensor(name)
+
+
+class ShardFiles:
+    """What torch.distributed.checkpoint wrote with its HuggingFaceStorageWriter, each rank its parts of tensors.
+
+    Args:
+        directory: of the safetensors.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._parts: dict[str, list[tuple[Any, tuple[int, ...]]]] = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            opened = safe_open(file, framework="pt")
+            placed = json.loads(opened.metadata()[CUSTOM_METADATA_KEY])
+            for name in opened.keys():  # noqa: SIM118  # no mapping, but safetensors' own
+                self._parts.setdefault(name, []).append((opened, tuple(placed[name][SAVED_OFFSETS_KEY])))
+
+    def names(self) -> list[str]:
+        return list(self._parts)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        ends = [
+            [start + size for start, size in zip(offset, file.get_slice(name).get_shape(), strict=True)]
+            for file, offset in self._parts[name]
+        ]
+        return tuple(max(along) for along in zip(*ends, strict=True))
+
+    def dtype(self, name: str) -> torch.dtype:
+        file, _ = self._parts[name][0]
+        return file.get_slice(name)[:0].dtype if file.get_slice(name).get_shape() else file.get_tensor(name).dtype
+
+    def read(self, name: str) -> Tensor:
+        parts = [(file.get_tensor(name), offset) for file, offset in self._parts[name]]
+        whole = parts[0][0].new_empty(self.shape(name))
+        if sum(part.numel() for part, _ in parts) != whole.numel():
+            raise ValueError(f"parts of {name} are missing")
+        for part, offset in parts:
+            whole[tuple(slice(start, start + size) for start, size in zip(offset, part.shape, strict=True))] = part
+        return whole
 
 
 def _find(path: str) -> list[Path]:

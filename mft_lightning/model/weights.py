@@ -20,7 +20,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from mft_lightning.errors import NotYetError, UserError, first_line
 from mft_lightning.model.seeding import one_thread, seeded
-from mft_lightning.model.weight_files import UNREADABLE, WeightFiles
+from mft_lightning.model.weight_files import UNREADABLE, open_weights
 
 KEY = "model.pretrained_model_path"
 
@@ -121,7 +121,7 @@ class StoredWeights(Weights):
         super().__init__(model, dtype)
         self.where = where or f"{KEY}: {path}"
         try:
-            self._files = WeightFiles(path)
+            self._files = open_weights(path)
         except UNREADABLE as error:
             raise UserError(
                 f"{self.where}: the weights cannot be loaded ({first_line(error)}). For a model without weights set "

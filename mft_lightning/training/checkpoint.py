@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from mft_lightning.errors import NotYetError, UserError
+from mft_lightning.errors import UserError
 from mft_lightning.screen import say
 from mft_lightning.training.background import Background
 from mft_lightning.training.checkpoint_choice import find_checkpoints
@@ -17,6 +17,7 @@ from mft_lightning.training.checkpoint_dirs import CheckpointInfo, directory_nam
 from mft_lightning.training.checkpoint_io import HFCheckpointIO, SaveOptions
 from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.retention import Retention
+from mft_lightning.training.shards import ShardWriter
 from mft_lightning.training.stages import is_epoch_end, is_run_end
 
 
@@ -35,7 +36,8 @@ class CheckpointSettings:
             of the weights that train, in the latest alone, the only one that resumes.
         allow_changes: go on from a checkpoint although data, tokenizer, batch size, sampling or seed are others now.
             The run says what is lost. It holds for one start, and is not written to config.yaml.
-        sharded: not supported yet.
+        sharded: fsdp: every device writes its own part of weights and optimizer states; ``consolidate`` makes an
+            ordinary model of such a checkpoint.
     """
 
     save_strategy: Literal["steps", "epoch", "steps,epoch", "epoch,steps"] = "steps"
@@ -53,8 +55,6 @@ class CheckpointSettings:
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"checkpoint.{key}: {value} is less than 1.")
-        if self.sharded:
-            raise NotYetError("checkpoint.sharded", True, "Leave it out.")
 
     def retention(self, output_dir: Path, *, validated: bool) -> Retention:
         """What becomes of the checkpoints of a run with or without validations."""
@@ -99,8 +99,11 @@ class HFModelCheckpoint(ModelCheckpoint):
         """Nothing: the directory is known, and that it is in use was checked before."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
+        if self.settings.sharded:
+            self.checkpoint_io.shard_writer = ShardWriter()
+        if trainer.is_global_zero or self.settings.sharded:
             self.checkpoint_io.prepare()
+        if trainer.is_global_zero:
             self.retention.begin(trainer.global_step)
         self._remember(trainer)
 

@@ -20,12 +20,13 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors import SafetensorError
 
 import mft_lightning
-from mft_lightning.aside import remove_directory, written_aside
+from mft_lightning.aside import aside_of, remove_directory, written_aside
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.build import Built
-from mft_lightning.model.export import ModelWriter, load_state, not_whole
+from mft_lightning.model.export import ModelWriter, load_state, not_whole, twin
 from mft_lightning.model.module import NETWORK, MFTModule
+from mft_lightning.model.weight_files import MODEL_SHARDS, OPTIMIZER_SHARDS
 from mft_lightning.model.weights import StoredWeights
 from mft_lightning.screen import printable, shown
 from mft_lightning.training.background import Background
@@ -35,6 +36,14 @@ from mft_lightning.training.checkpoint_dirs import (
     TRAINER_STATE,
     read_checkpoint,
     write_metadata,
+)
+from mft_lightning.training.shards import (
+    ShardWriter,
+    has_sharded_optimizer,
+    is_sharded_checkpoint,
+    joined,
+    split_off,
+    staged,
 )
 
 # what Lightning needs of its dictionary to go on
@@ -70,6 +79,7 @@ class HFCheckpointIO(CheckpointIO):
 
     def __init__(self, module: MFTModule) -> None:
         self.module = module
+        self.shard_writer: ShardWriter | None = None  # of a run whose ranks write their own parts
         self._preloaded: dict[Path, dict[str, Any]] = {}
         self._write_model: ModelWriter | None = None
         self._files: dict[str, bytes] = {}  # that are the same in every checkpoint
@@ -138,7 +148,13 @@ class HFCheckpointIO(CheckpointIO):
             "metrics": options.metrics,
             **self._described,
         }
-        if options.background is None:
+        if self.shard_writer is not None:
+            small, weights, moments = split_off(checkpoint)
+            named = {self._place(name): value for name, value in weights.items()}
+            parts = {MODEL_SHARDS: staged(named), OPTIMIZER_SHARDS: staged(moments)}
+            work = partial(self._write_parts, _copied(small), parts, Path(path), metadata, options)
+            work() if options.background is None else options.background.start(work)
+        elif options.background is None:
             self._write(checkpoint, Path(path), metadata, options)
         else:
             copied = _in_own_memory(checkpoint, gathered=getattr(self.module.trainer.strategy, "gathers", False))
@@ -151,18 +167,47 @@ class HFCheckpointIO(CheckpointIO):
             with written_aside(path, replace_directory=True) as aside:
                 aside.mkdir()
                 self._write_model(state, aside)
-                for name, contents in self._files.items():
-                    (aside / name).write_bytes(contents)
                 trainer_state = {key: value for key, value in checkpoint.items() if key != "state_dict"}
-                torch.save(trainer_state, aside / TRAINER_STATE)
-                _check_loads(trainer_state, aside / TRAINER_STATE)
-                write_metadata(aside, metadata)
+                self._write_rest(aside, trainer_state, metadata)
             options.afterwards()
         except CANNOT_WRITE as error:
-            raise UserError(
-                f"{shown(path)}: the checkpoint cannot be written ({first_line(error)}). Those before it are whole; "
-                "free some space or mend the directory, then go on with --ckpt_path last."
-            ) from error
+            raise _cannot_write(path, error) from error
+
+    def _write_parts(
+        self,
+        trainer_state: dict[str, Any],
+        parts: dict[str, dict[str, torch.Tensor]],
+        path: Path,
+        metadata: dict[str, Any],
+        options: SaveOptions,
+    ) -> None:
+        """Every rank its parts of the tensors, and the first all the rest."""
+        assert self._write_model is not None and self.shard_writer is not None
+        try:
+            if not self.module.trainer.is_global_zero:
+                self.shard_writer.meet()
+                self.shard_writer.write(aside_of(path), parts)
+                return
+            with written_aside(path, replace_directory=True) as aside:
+                aside.mkdir()
+                self.shard_writer.meet()
+                self.shard_writer.write(aside, parts)
+                self._write_model.describe(aside)
+                self._write_rest(aside, trainer_state, metadata)
+            options.afterwards()
+        except CANNOT_WRITE as error:
+            raise _cannot_write(path, error) from error
+
+    def _write_rest(self, aside: Path, trainer_state: dict[str, Any], metadata: dict[str, Any]) -> None:
+        for name, contents in self._files.items():
+            (aside / name).write_bytes(contents)
+        torch.save(trainer_state, aside / TRAINER_STATE)
+        _check_loads(trainer_state, aside / TRAINER_STATE)
+        write_metadata(aside, metadata)
+
+    def _place(self, name: str) -> str:
+        assert self._write_model is not None
+        return self._write_model.place(name.removeprefix(NETWORK))
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
@@ -191,6 +236,8 @@ class HFCheckpointIO(CheckpointIO):
             raise UserError(f"{path / TRAINER_STATE}: is damaged ({what}).")
         if checkpoint["global_step"] != info.step:
             raise UserError(f"{path}: {TRAINER_STATE} is of step {checkpoint['global_step']}, {METADATA} of another.")
+        if has_sharded_optimizer(path):
+            checkpoint = joined(checkpoint, path, at_once=built.weights is None)
         return {**checkpoint, **weights}
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -217,11 +264,14 @@ class _Named(Mapping[str, torch.Tensor]):
 
 def _state(built: Built, path: Path) -> Mapping[str, torch.Tensor]:
     """The weights in a checkpoint; those of a sketch are read one by one, when each is asked for."""
-    if built.weights is None or has_adapters(built.network.model):
+    sketched = built.weights is not None
+    if has_adapters(built.network.model) or not (sketched or is_sharded_checkpoint(path)):
         return load_state(built.network.model, path)
     if not (path / "config.json").is_file():
         raise not_whole(path)
-    return StoredWeights(built.weights.model, built.weights.dtype, str(path), where=shown(path))
+    model = built.weights.model if built.weights is not None else twin(built.network.causal_lm)
+    stored = StoredWeights(model, model.dtype, str(path), where=shown(path))
+    return stored if sketched else dict(stored)
 
 
 def _compact(file: Path) -> bytes:
@@ -236,6 +286,13 @@ def _compact(file: Path) -> bytes:
     if (merges := contents["model"].get("merges")) and not any(" " in part for pair in merges for part in pair):
         contents["model"]["merges"] = [" ".join(pair) for pair in merges]
     return json.dumps(contents, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _cannot_write(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{shown(path)}: the checkpoint cannot be written ({first_line(error)}). Those before it are whole; free some "
+        "space or mend the directory, then go on with --ckpt_path last."
+    )
 
 
 def _in_own_memory(checkpoint: dict[str, Any], *, gathered: bool) -> dict[str, Any]:

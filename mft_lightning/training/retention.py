@@ -8,6 +8,7 @@ from typing import Literal
 
 from mft_lightning.aside import remove_directory, remove_unfinished, written_aside
 from mft_lightning.errors import UserError
+from mft_lightning.model.weight_files import OPTIMIZER_SHARDS
 from mft_lightning.screen import say, shown
 from mft_lightning.training.checkpoint_choice import find_best, find_checkpoints, look_through
 from mft_lightning.training.checkpoint_dirs import (
@@ -142,7 +143,11 @@ def expired(
 def _drop_trainer_state(directory: Path) -> None:
     """First from what the checkpoint says it consists of, then from the disk."""
     metadata = read_metadata(directory)
-    if metadata["files"].pop(TRAINER_STATE, None) is not None:
+    parts = [name for name in metadata["files"] if name == TRAINER_STATE or name.startswith(OPTIMIZER_SHARDS)]
+    for name in parts:
+        del metadata["files"][name]
+    if parts:
         with written_aside(directory / METADATA) as aside:
             write_description(aside, metadata)
-    (directory / TRAINER_STATE).unlink(missing_ok=True)
+    for name in parts:
+        (directory / name).unlink(missing_ok=True)

@@ -92,16 +92,28 @@ class ShardedStrategy(LaunchedStrategy, ModelParallelStrategy):
 
     # ---------------------------------------------------------------- checkpoints, as without sharding
 
+    @property
+    def _each_writes(self) -> bool:
+        """Whether every rank writes its own part of a checkpoint, of which then nothing is gathered."""
+        return getattr(self.checkpoint_io, "shard_writer", None) is not None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self._each_writes:
+            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+        else:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds of the weights: gathered on rank 0, empty tensors elsewhere."""
         module = cast(MFTModule, self.lightning_module)
         state = {name: value for name, value in module.state_dict().items() if name in module.saved_names}
-        return gathered_state(state, keep=self.is_global_zero)
+        return state if self._each_writes else gathered_state(state, keep=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """In the optimizer's own numbering, as every other strategy has it."""
         plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        return gathered_state(plain.state_dict(), keep=self.is_global_zero)
+        state = plain.state_dict()
+        return state if self._each_writes else gathered_state(state, keep=self.is_global_zero)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         live = self.lightning_module.state_dict()  # type: ignore[union-attr]  # connected by now

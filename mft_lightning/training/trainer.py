@@ -218,6 +218,8 @@ def placed(keys: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
         raise UserError(
             "evaluation.exact_match_per_task: FSDPStrategy cannot answer prompts. Use trainer.strategy: fsdp."
         )
+    if settings.checkpoint.sharded and not isinstance(strategy, ShardedStrategy):
+        raise UserError("checkpoint.sharded: is for trainer.strategy: fsdp, which does not run here. Leave it out.")
     if isinstance(strategy, ShardedStrategy):
         keys["inference_mode"] = False  # weights that are first gathered under it cannot train afterwards
         if precision == "64-true":
