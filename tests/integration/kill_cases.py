@@ -48,6 +48,7 @@ def _lora(name: str, mode: str, *words: str, ranks: int = 1) -> Case:
 
 
 COBA = ("--model.coba.warmup_steps", "4", "--model.coba.history_length", "6", "--model.coba.update_interval", "2")
+TENSOR, SHARDED = ("--parallel.tensor_parallel_size", "2"), ("--checkpoint.sharded", "true")
 DDP, FSDP = ("--trainer.strategy", "ddp"), ("--trainer.strategy", "fsdp")
 
 CASES = (
@@ -61,6 +62,8 @@ CASES = (
     _lora("ddp-lora-case3", "case3", *DDP, *IN_PARTS, ranks=2),
     _full("fsdp-full-case4", "case4", *FSDP, *IN_PARTS, *BY_EPOCHS, *SELDOM, ranks=2),
     _lora("fsdp-lora-coba", "coba", *FSDP, *COBA, ranks=2),
+    _full("tensor-full-sharded", "case3", *FSDP, *TENSOR, *SHARDED, *IN_PARTS, ranks=2),
+    _lora("fsdp-lora-sharded", "case3", *FSDP, *SHARDED, *PATIENT, ranks=2),
 )
 
 
