@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -18,17 +17,14 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from mft_lightning.errors import UserError
+from mft_lightning.meeting import LAUNCHED, meet
 
 STARTED_BY = "MFT_LIGHTNING_STARTED_BY"  # the process that started this one as a further rank of its run
 ELASTIC = "TORCHELASTIC_RUN_ID"  # by which Lightning knows torchrun's processes
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says, all of it
 GRACE = 10  # seconds to tell of it, and to end, when another rank failed or is gone
-SILENCE = 30  # seconds of waiting for ranks that others start, before it is said
-MEETING = 1800  # seconds until all ranks must be there, as long as torch waits in a collective
 GO_ON = " Go on with --ckpt_path last."  # a run, after an end that is not its own fault
 PATIENCE = timedelta(days=7)  # for what takes as long as it takes, like tokenising
-_FAILED, _TOLD, _HERE = (f"mft_lightning/{what}" for what in ("failed", "told", "here"))
+_FAILED, _TOLD = "mft_lightning/failed", "mft_lightning/told"
 
 
 class LostPeerError(RuntimeError):
@@ -82,12 +78,11 @@ def is_first() -> bool:
 def join(store: Any = None, meanwhile: Callable[[], None] | None = None) -> None:
     """Meet the other ranks, where a launcher started this process as one of several.
 
-    First of all, before anything can go wrong, so that an error of any rank is told once and ends all. It waits in
-    Python, where an interrupt is heard; torch would wait in C++.
+    First of all, before anything can go wrong, so that an error of any rank is told once and ends all.
 
     Args:
         store: where the ranks meet, if this one hosts it already.
-        meanwhile: called again and again; may raise. Without it, a long wait is told.
+        meanwhile: called again and again while this one waits; may raise.
     """
     if not is_launched() or int(os.environ["WORLD_SIZE"]) < 2:
         return
@@ -98,61 +93,8 @@ def join(store: Any = None, meanwhile: Callable[[], None] | None = None) -> None
 
     if dist.is_initialized():
         return
-    world, look = int(os.environ["WORLD_SIZE"]), meanwhile or _Waiting()
-    if store is None:
-        store = _store(look)
-    store.add(_HERE, 1)
-    while store.add(_HERE, 0) < world:
-        look()
-        time.sleep(0.05)
-    dist.init_process_group(backend(), store=dist.PrefixStore("ranks", store), rank=number(), world_size=world)
-
-
-def host_store(address: str, port: int) -> Any:
-    """The store that ranks meet at, in this process.
-
-    Args:
-        address: by which the others find it.
-        port: 0 for any that is free (``store.port``).
-    """
-    from torch.distributed import TCPStore
-    from torch.distributed.constants import default_pg_timeout
-
-    return TCPStore(address, port, is_master=True, wait_for_workers=False, timeout=default_pg_timeout)
-
-
-def _store(look: Callable[[], None]) -> Any:
-    """The store of a launcher's ranks: its own, or that of rank 0."""
-    from torch.distributed import TCPStore
-    from torch.distributed.constants import default_pg_timeout
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if number() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return host_store(address, port)
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=2).close()
-        except OSError:
-            look()
-            time.sleep(0.2)
-        else:
-            return TCPStore(address, port, is_master=False, timeout=default_pg_timeout)
-
-
-class _Waiting:
-    """Says once that this rank waits for others, and ends it at last."""
-
-    def __init__(self) -> None:
-        self.since, self.said = time.monotonic(), False
-
-    def __call__(self) -> None:
-        waited = time.monotonic() - self.since
-        said = ", ".join(f"{name}={os.environ[name]}" for name in LAUNCHED)
-        if waited > MEETING:
-            raise UserError(f"not all ranks came within {MEETING // 60} minutes ({said}).")
-        if waited > SILENCE and not self.said:
-            print(f"waiting for the other ranks that the environment tells of ({said})", file=sys.stderr, flush=True)
-            self.said = True
+    store = dist.PrefixStore("ranks", meet(store, meanwhile))
+    dist.init_process_group(backend(), store=store, rank=number(), world_size=int(os.environ["WORLD_SIZE"]))
 
 
 def wait_for_all(place: str) -> None:
@@ -251,7 +193,8 @@ def is_first_to_fail() -> bool:
     try:
         store: Any = dist.distributed_c10d._get_default_store()
         return bool(store.compare_set(_FAILED, "", str(number())) == str(number()).encode())
-    except dist.DistError:  # the store went with rank 0, which tells of its errors, unless it was killed
+    except dist.DistError:
+        # It went with rank 0, which tells of its errors, unless it was killed.
         return STARTED_BY in os.environ and os.environ["LOCAL_RANK"] == "1"
 
 

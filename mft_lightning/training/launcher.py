@@ -18,7 +18,7 @@ from lightning.pytorch.strategies import ParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch.distributed.constants import default_pg_timeout
 
-from mft_lightning import ranks
+from mft_lightning import meeting, ranks
 from mft_lightning.errors import UserError
 
 GRACE = 20.0  # seconds that a rank has to end by itself after another one failed
@@ -88,10 +88,10 @@ class RankLauncher(_SubprocessScriptLauncher):
         environment, node, store = self.cluster_environment, self.cluster_environment.node_rank(), None
         address, port = environment.main_address, environment.main_port
         if self.num_nodes == 1:  # where to meet other machines means nothing here
-            store = ranks.host_store(address := "127.0.0.1", 0)
-            port = store.port
+            store = meeting.host_store(0)
+            address, port = meeting.HERE, store.port
         elif node == 0:
-            store = ranks.host_store(address, port)
+            store = meeting.host_store(port)
         shared = {
             "MASTER_ADDR": address,
             "MASTER_PORT": str(port),

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mft_lightning import ranks
+from mft_lightning import meeting, ranks
 from mft_lightning.errors import UserError
 
 
@@ -96,9 +96,9 @@ def slurm_task() -> list[SLURMEnvironment]:
 
 def _check_environment() -> None:
     """Refuse what is left of a launcher's variables; else libraries take this process for a rank that it is not."""
-    given = {name: os.environ[name] for name in (ranks.ELASTIC, *ranks.LAUNCHED) if name in os.environ}
+    given = {name: os.environ[name] for name in (ranks.ELASTIC, *meeting.LAUNCHED) if name in os.environ}
     telling = given.keys() & {ranks.ELASTIC, "RANK", "LOCAL_RANK"}
-    missing = [name for name in ranks.LAUNCHED if not given.get(name)]
+    missing = [name for name in meeting.LAUNCHED if not given.get(name)]
     if telling and missing and not SLURMEnvironment.detect():
         raise UserError(
             f"{', '.join(sorted(telling))}: in the environment as of a launcher's process, but without "
