@@ -17,13 +17,12 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from mft_lightning.meeting import LAUNCHED, meet
+from mft_lightning.meeting import LAUNCHED, hosted_by_launcher, meet
 
 STARTED_BY = "MFT_LIGHTNING_STARTED_BY"  # the process that started this one as a further rank of its run
 ELASTIC = "TORCHELASTIC_RUN_ID"  # by which Lightning knows torchrun's processes
 GRACE = 10  # seconds to tell of it, and to end, when another rank failed or is gone
 GO_ON = " Go on with --ckpt_path last."  # a run, after an end that is not its own fault
-PATIENCE = timedelta(days=7)  # for what takes as long as it takes, like tokenising
 _FAILED, _TOLD = "mft_lightning/failed", "mft_lightning/told"
 
 
@@ -111,9 +110,13 @@ def wait_for_all(place: str) -> None:
     if dist.get_rank() == 0:
         for rank in range(1, dist.get_world_size()):
             while store.add(f"{place}/{rank}", 0) < times:
-                if store.check([_FAILED]):
-                    raise LostPeerError("another rank has failed")
+                _raise_if_lost(store)
                 time.sleep(0.05)
+
+
+def _raise_if_lost(store: Any) -> None:
+    if store.check([_FAILED]):
+        raise LostPeerError("another rank has failed")
 
 
 def leave() -> None:
@@ -165,9 +168,12 @@ def highest(value: int) -> int:
 
 @contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """Rank 0 does it first; the others, who started with it, wait and find it done.
+    """Rank 0 does it first; the others, who started with it, wait as long as it takes, and find it done.
 
     A rank that rank 0 started itself need not wait: that was afterwards.
+
+    Raises:
+        LostPeerError: rank 0 has failed in it.
     """
     dist = _group()
     if dist is None or STARTED_BY in os.environ:
@@ -178,7 +184,9 @@ def first_before_others(what: str) -> Iterator[None]:
         yield
         store.set(what, "")
     else:
-        store.wait([what], PATIENCE)
+        while not store.check([what]):
+            _raise_if_lost(store)
+            time.sleep(0.05)
         yield
 
 
@@ -194,6 +202,8 @@ def is_first_to_fail() -> bool:
         store: Any = dist.distributed_c10d._get_default_store()
         return bool(store.compare_set(_FAILED, "", str(number())) == str(number()).encode())
     except dist.DistError:
+        if hosted_by_launcher():  # it is gone with all of the first host: each other host has one who says so
+            return os.environ["LOCAL_RANK"] == "0"
         # It went with rank 0, which tells of its errors, unless it was killed.
         return STARTED_BY in os.environ and os.environ["LOCAL_RANK"] == "1"
 
