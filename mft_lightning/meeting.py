@@ -5,11 +5,13 @@ All of it waits in Python, where an interrupt is heard; torch would wait in C++.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from mft_lightning.errors import UserError
@@ -18,7 +20,7 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  #
 HERE = "127.0.0.1"
 SILENCE = 30  # seconds of waiting for ranks that others start, before it is said
 MEETING = 1800  # seconds until all ranks must be there, as long as torch waits in a collective
-_COME = "mft_lightning/come"
+_COME, _HIDDEN = "mft_lightning/come", "mft_lightning/hidden"
 
 
 def hosted_by_launcher() -> bool:
@@ -47,15 +49,24 @@ def meet(store: Any, meanwhile: Callable[[], None] | None) -> Any:
         meanwhile: called again and again; may raise.
 
     Raises:
-        UserError: they did not come.
+        UserError: they did not come, or could not talk to each other.
     """
     look = _Waiting(meanwhile)
     if store is None:
         store = _find_store(look)
+    if several_hosts() and "GLOO_SOCKET_IFNAME" not in os.environ and ipaddress.ip_address(_own_address()).is_loopback:
+        store.set(_HIDDEN, f"{socket.gethostname()} stands for {_own_address()}")
     store.add(_COME, 1)
     while store.add(_COME, 0) < int(os.environ["WORLD_SIZE"]):
         look()
         time.sleep(0.05)
+    if store.check([_HIDDEN]):
+        if os.environ["LOCAL_RANK"] != "0":  # told once on each host
+            raise SystemExit(1)
+        raise UserError(
+            f"the name of the host {store.get(_HIDDEN).decode()} on it, where no other host finds it. Set "
+            "GLOO_SOCKET_IFNAME to the network interface that leads to the other hosts (like eth0), or mend /etc/hosts."
+        )
     return store
 
 
@@ -101,3 +112,17 @@ class _Waiting:
             line = f"waiting for the other ranks that the environment tells of ({told}){why}"
             print(line, file=sys.stderr, flush=True)
             self.said = True
+
+
+def _own_address() -> str:
+    """Where other ranks are told to find this one: what its host's name stands for, if that is an address it has.
+
+    So gloo chooses it (createDefaultDevice in
+    https://github.com/pytorch/pytorch/blob/main/torch/csrc/distributed/c10d/ProcessGroupGloo.cpp).
+    """
+    with suppress(OSError):
+        for family, *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
+            with suppress(OSError), socket.socket(family) as found:
+                found.bind(address)
+                return str(address[0])
+    return HERE
