@@ -1,0 +1,102 @@
+"""Under a real SLURM: srun's tasks are the ranks of one run, which SLURM's signals end in order, and which goes on."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import ROOT, checkpoints, user_environment
+from tests.integration.slurm import slurm  # noqa: F401  # a fixture
+
+SOON = 120.0  # seconds that a job may take on a machine that does other things too
+SCRIPT = """\
+#!/bin/bash
+#SBATCH --nodes {nodes} --ntasks-per-node {tasks}
+srun {command}
+exit $?
+"""
+Submit = Callable[..., "Job"]
+
+
+class Job:
+    """A job of SLURM's.
+
+    Args:
+        environment: of SLURM's commands.
+        directory: for its script and what it prints.
+        nodes: how many.
+        tasks: on each.
+        words: of the program's command line.
+    """
+
+    def __init__(self, environment: dict[str, str], directory: Path, nodes: int, tasks: int, words: list[str]) -> None:
+        self.environment, self.output = {**user_environment(), **environment}, directory / "printed"
+        command = shlex.join([sys.executable, "-m", "mft_lightning", *words])
+        (directory / "job.sh").write_text(SCRIPT.format(nodes=nodes, tasks=tasks, command=command))
+        own = ("--parsable", "--chdir", str(ROOT), "--output", str(self.output), "--open-mode", "truncate")
+        self.id = self.say("sbatch", *own, str(directory / "job.sh")).strip()
+
+    def say(self, *command: str) -> str:
+        """A command to SLURM, and its answer."""
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=True, timeout=SOON)
+        return done.stdout
+
+    def printed(self) -> str:
+        return self.output.read_text() if self.output.exists() else ""
+
+    def wait_for(self, text: str) -> None:
+        self._until(lambda: text in self.printed())
+
+    def ended(self) -> tuple[str, str]:
+        """How: its state and ``exit code:signal``."""
+        self._until(lambda: not self.say("squeue", "-h", "-t", "PD,R,CG", "-j", self.id).strip())
+        words = self.say("scontrol", "-o", "show", "job", self.id).split()
+        said = dict(word.split("=", 1) for word in words if "=" in word)
+        return said["JobState"], said["ExitCode"]
+
+    def _until(self, there: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + SOON
+        while not there():
+            assert time.monotonic() < deadline, self.printed()
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def submit(slurm: dict[str, str], fit_arguments: Callable[..., list[str]], tmp_path: Path) -> Submit:  # noqa: F811
+    """``fit`` on so many nodes, with so many tasks on each."""
+
+    def start(nodes: int, tasks: int, *words: str) -> Job:
+        few = ("--evaluation.at_start", "false", "--evaluation.steps", "1000", "--trainer.devices", "auto")
+        arguments = fit_arguments(tmp_path / "run", *few, *words, config="ddp.yaml")
+        return Job(slurm, tmp_path, nodes, tasks, ["fit", *arguments])
+
+    return start
+
+
+def test_a_signal_ends_the_tasks_of_two_nodes_in_order_and_the_run_goes_on(submit: Submit, tmp_path: Path) -> None:
+    """As two tasks of one node."""
+    forever = ("--trainer.max_steps", "100000", "--checkpoint.checkpointing_steps", "100000")
+    job = submit(2, 1, *forever)
+    job.wait_for("step 4/")
+    job.say("scancel", "--signal=USR1", job.id)
+    assert job.ended() == ("FAILED", "138:0"), job.printed()
+    assert "1 x cpu on each of 2 nodes, ddp" in job.printed() and "stopped by SIGUSR1" in job.printed()
+    (last,) = checkpoints(tmp_path / "run")
+    step = int(last.removeprefix("step-"))
+    again = submit(1, 2, "--trainer.max_steps", str(step + 2), "--ckpt_path", "last")
+    assert again.ended() == ("COMPLETED", "0:0"), again.printed()
+    assert "2 x cpu, ddp" in again.printed() and f"going on from {last}" in again.printed()
+    assert again.printed().count(f"trained to step {step + 2}") == 1
+
+
+def test_bad_input_is_told_once_and_ends_the_tasks_of_both_nodes(submit: Submit, tmp_path: Path) -> None:
+    job = submit(2, 1, "--data.seq_length", "7")
+    assert job.ended() == ("FAILED", "1:0")
+    (message,) = [line for line in job.printed().splitlines() if line.startswith("error: ") and "srun" not in line]
+    assert message.startswith("error: data.") and not (tmp_path / "run").exists()
