@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -34,11 +35,23 @@ def loader_options(workers: int) -> dict[str, Any]:
     """
     if not workers:
         return {"num_workers": 0}
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
     context = None
     if ranks.are_several():
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([FORK_SERVER])
     return {"num_workers": workers, "worker_init_fn": _start_worker, "multiprocessing_context": context}
+
+
+def _end_workers() -> None:
+    """Python's own end sends daemons SIGTERM, which these leave to this process, and would wait for them for ever.
+
+    It comes to that where an error holds the loader, as one that a worker raised does.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _start_worker(number: int) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +15,7 @@ from mft_lightning import ranks
 from mft_lightning.data.workers import ENDING_A_RUN, loader_options
 
 LATEST = 30.0  # seconds
+HELD: list[Any] = []  # to the interpreter's own end
 
 
 class Facts(Dataset[tuple[int, int, list[bool]]]):
@@ -60,6 +62,10 @@ def test_they_end_with_a_parent_that_is_killed() -> None:
     assert not left
 
 
+def test_an_error_that_holds_them_lets_their_parent_end() -> None:
+    assert _own_python("held") == ["held"]
+
+
 def _runs(pid: int) -> bool:
     """Whether a process is there that has not ended; one that nobody waits for stays as a zombie."""
     try:
@@ -70,7 +76,7 @@ def _runs(pid: int) -> bool:
 
 def _own_python(what: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, __file__, what], env=_environment(), capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, __file__, what], env=_environment(), capture_output=True, text=True, check=False, timeout=60
     )
     assert not done.returncode, done.stderr
     return done.stdout.splitlines()
@@ -98,7 +104,14 @@ def _orphans() -> None:
     time.sleep(LATEST)
 
 
+def _held() -> None:
+    """As the traceback of an error that a worker raised holds the loader."""
+    HELD.append(iter(DataLoader(Facts(), batch_size=None, **loader_options(1))))
+    next(HELD[0])
+    print("held")
+
+
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranks, "are_several", lambda: True)
-        {"server": _server, "orphans": _orphans}[sys.argv[1]]()
+        {"server": _server, "orphans": _orphans, "held": _held}[sys.argv[1]]()
