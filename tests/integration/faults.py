@@ -12,6 +12,8 @@ import lightning as L
 import numpy as np
 import torch
 
+from mft_lightning.data.collate import StepBatch
+from mft_lightning.data.loader import TrainLoader, TrainSteps
 from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.supervised_loss import SupervisedNLL
@@ -48,7 +50,7 @@ class Fault(L.Callback):
     """Goes wrong in one way, on one rank, before the first micro-batch of one step or in a later hook.
 
     Args:
-        kind: an error of ours, one of Python, an end by a signal, a request to stop, a long sleep or a short one.
+        kind: an error of ours, one of Python, a signal, a request to stop, a long sleep or a short one.
         rank: where; -1 is everywhere.
         step: optimizer steps that are done by then.
         hook: where, if not in training.
@@ -56,7 +58,7 @@ class Fault(L.Callback):
 
     def __init__(
         self,
-        kind: Literal["user", "python", "kill", "term", "sleep", "pause", "stop"],
+        kind: Literal["user", "python", "kill", "term", "interrupt", "sleep", "pause", "stop"],
         rank: int,
         step: int = 2,
         hook: Literal[
@@ -101,7 +103,41 @@ class Fault(L.Callback):
         if self.kind == "stop":
             trainer.should_stop = True
             return
-        os.kill(os.getpid(), signal.SIGKILL if self.kind == "kill" else signal.SIGTERM)
+        signals = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
+        os.kill(os.getpid(), signals[self.kind])
+
+
+class BadRecord(L.Callback):
+    """A rank cannot read its part of a step.
+
+    Args:
+        rank: which.
+        step: optimizer steps that are done by then.
+    """
+
+    def __init__(self, rank: int, step: int = 2) -> None:
+        self.rank, self.step = rank, step
+
+    def setup(self, trainer: L.Trainer, pl_module: MFTModule, stage: str) -> None:
+        datamodule = trainer.datamodule
+        make = datamodule.train_dataloader
+
+        def spoilt() -> TrainLoader:
+            loader = make()
+            if trainer.global_rank == self.rank:
+                loader.dataset.__class__, loader.dataset.unreadable = Unreadable, self.step
+            return loader
+
+        datamodule.train_dataloader = spoilt
+
+
+class Unreadable(TrainSteps):
+    """Fails in the loader's process, if it has one."""
+
+    def __getitem__(self, key: tuple[int, int]) -> StepBatch:
+        if key[1] == self.unreadable:
+            raise ZeroDivisionError("by chance")
+        return super().__getitem__(key)
 
 
 class Removal(L.Callback):
