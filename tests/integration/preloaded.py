@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import chdir
 from multiprocessing import reduction
@@ -27,6 +28,7 @@ from mft_lightning.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCALHOST = "127.0.0.1"
+LONG = 600.0  # seconds that processes may take on a machine that does other things too
 _FORKING = multiprocessing.get_context("forkserver")
 _LATER = ("peft", "torch.utils.tensorboard", "transformers.models.gpt_neox.modeling_gpt_neox")  # than a run's start
 _FORKING.set_forkserver_preload([__name__, *(name.partition(":")[0] for name, _ in COMMANDS.values()), *_LATER])
@@ -105,9 +107,12 @@ def _run(words: Sequence[str], environments: Sequence[Mapping[str, str]]) -> Com
     with Path(os.devnull).open() as nothing, TemporaryFile("a+") as output, TemporaryFile("a+") as errors:
         streams = (nothing.fileno(), output.fileno(), errors.fileno())
         processes = [start(words, environment, *streams) for environment in environments]
-        running = processes
+        running, deadline = processes, time.monotonic() + LONG
         while running:
-            wait([process.sentinel for process in running])
+            if not wait([process.sentinel for process in running], deadline - time.monotonic()):
+                _end(running)
+                told = [stream.seek(0) or stream.read() for stream in (output, errors)]
+                raise AssertionError(f"{len(running)} of {len(processes)} have not ended: {' '.join(told)}")
             running = [process for process in running if process.is_alive()]
             if any(process.exitcode for process in processes if not process.is_alive()):
                 _end(running)
