@@ -162,13 +162,13 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
-        from mft_lightning import ranks
+        from mft_lightning import meeting, ranks
 
         ranks.join()
         if not ranks.are_several():
             import torch
 
-            torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=ranks.host_store("127.0.0.1", 0))
+            torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=meeting.host_store(0))
         print(json.dumps(measure(sys.argv[2], sys.argv[3])))
         sys.stdout.flush()
         os._exit(0)
