@@ -7,12 +7,13 @@ import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from mft_lightning import ranks
 
 ENDING_A_RUN = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # in order; its batches are needed until then
-FORK_SERVER = "mft_lightning.data.fork_server"
+PRELOADED = "mft_lightning.data.loader"  # what they need
 
 
 def serve_parent(*left: signal.Signals) -> None:
@@ -40,8 +41,24 @@ def loader_options(workers: int) -> dict[str, Any]:
     context = None
     if ranks.are_several():
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([FORK_SERVER])
+        context.set_forkserver_preload([PRELOADED])
+        _start_fork_server()
     return {"num_workers": workers, "worker_init_fn": _start_worker, "multiprocessing_context": context}
+
+
+def _start_fork_server() -> None:
+    """The server, and what tracks its semaphores, never hear the signals that end a run, as long as their imports take.
+
+    Without the server no validation could start after such a signal. A process keeps from its birth the mask of the
+    thread that starts it; Python's own start of the tracker lifts some of it, and so comes first.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_A_RUN)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_workers() -> None:

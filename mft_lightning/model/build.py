@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from mft_lightning import ranks
 from mft_lightning.errors import NotYetError, UserError, first_line
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
@@ -210,7 +211,10 @@ def sketch_causal_lm(source: ModelSource) -> tuple[PreTrainedModel, Weights]:
         return model, DrawnWeights(deepcopy(model), source.dtype, source.seed)
     with suppress(OSError):  # which not every model has
         model.generation_config = GenerationConfig.from_pretrained(source.path)
-    return model, StoredWeights(deepcopy(model), source.dtype, source.path)
+    stored = StoredWeights(deepcopy(model), source.dtype, source.path)
+    if ranks.is_first():  # the others read what it found whole
+        stored.check()
+    return model, stored
 
 
 def _options(source: ModelSource, config: PretrainedConfig) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -56,8 +57,8 @@ class WholeFiles:
             if file.suffix == ".safetensors":
                 opened = safe_open(file, framework="pt")
                 self._open |= dict.fromkeys(opened.keys(), opened)
-            else:  # mapped into memory, so that what is not asked for stays on the disk
-                self._open |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            else:
+                self._open |= _loaded(file)
 
     def names(self) -> list[str]:
         return list(self._open)
@@ -118,6 +119,12 @@ def _find(path: str) -> list[Path]:
             names = sorted(set(json.loads(listed.read_text())["weight_map"].values()))
             return [Path(str(cached_file(path, name))) for name in names]
     raise OSError(f"no {SAFE_WEIGHTS_NAME} and no {WEIGHTS_NAME}")
+
+
+def _loaded(file: Path) -> dict[str, Tensor]:
+    """Mapped into memory, so that what is not asked for stays on the disk; a file of before torch 1.6 is read whole."""
+    mapped = is_zipfile(file)
+    return cast("dict[str, Tensor]", torch.load(file, map_location="cpu", mmap=mapped, weights_only=True))
 
 
 def _cached(path: str, name: str) -> Path | None:

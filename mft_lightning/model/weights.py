@@ -111,7 +111,8 @@ class StoredWeights(Weights):
         model: a sketch.
         dtype: of the parameters, whatever the files hold.
         path: the directory or id.
-        where: what an error says of it. Default: the key of the base model, and the path.
+        where: what an error says of it, where it is a checkpoint, which may well hold what is not finite. Default: the
+            key of the base model, and the path.
 
     Raises:
         UserError: files that are missing, damaged or of another model.
@@ -119,7 +120,7 @@ class StoredWeights(Weights):
 
     def __init__(self, model: PreTrainedModel, dtype: torch.dtype, path: str, where: str | None = None) -> None:
         super().__init__(model, dtype)
-        self.where = where or f"{KEY}: {path}"
+        self.where, self.checked = where or f"{KEY}: {path}", where is None
         try:
             self._files = open_weights(path)
         except UNREADABLE as error:
@@ -148,6 +149,11 @@ class StoredWeights(Weights):
     def __getitem__(self, name: str) -> Tensor:
         return self._read(self._places[name])
 
+    def check(self) -> None:
+        """Read everything once, so that what is damaged is told before a run writes anything."""
+        for place in self._places.values():
+            self._read(place)
+
     def _read(self, place: str) -> Tensor:
         try:
             value = self._files.read(place)
@@ -155,9 +161,10 @@ class StoredWeights(Weights):
             raise UserError(f"{self.where}: {place} cannot be read ({first_line(error)}).") from error
         if not value.is_floating_point():
             return value
-        if not all(bool(end.isfinite()) for end in value.aminmax()):  # which takes no memory, and passes NaN on
+        value = value.to(self.dtype).contiguous()
+        if self.checked and not all(bool(end.isfinite()) for end in value.aminmax()):  # which passes NaN on
             raise UserError(f"{self.where}: {place} is not finite; the weights are damaged.")
-        return value.to(self.dtype)
+        return value
 
 
 class GrownWeights(Weights):

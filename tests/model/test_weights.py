@@ -145,9 +145,22 @@ def test_old_files_of_pytorch_are_read_too(saved: Path, tmp_path: Path) -> None:
     state: dict[str, torch.Tensor] = {}
     for file in saved.glob("*.safetensors"):
         state |= load_file(file)
-    torch.save(state, old / "pytorch_model.bin")
-    ours = completed(config, StoredWeights(sketch(config, torch.float32), torch.float32, str(old)))
-    assert same(ours, AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32))
+    turned = {name: value.t().contiguous().t() if value.ndim == 2 else value for name, value in state.items()}
+    for zipped in (True, False):
+        torch.save(turned, old / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+        ours = completed(config, StoredWeights(sketch(config, torch.float32), torch.float32, str(old)))
+        assert all(parameter.is_contiguous() for parameter in ours.parameters())
+        assert same(ours, AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32))
+
+
+def test_weights_of_eight_bits_are_read_too(tmp_path: Path) -> None:
+    config = GPTNeoXConfig(**NEOX)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    small = {name: value.to(torch.float8_e4m3fn) for name, value in load_file(file).items()}
+    save_file(small, file, {"format": "pt"})
+    ours = completed(config, StoredWeights(sketch(config, torch.float32), torch.float32, str(tmp_path)))
+    assert same(ours, AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
 
 
 def test_what_is_missing_damaged_or_of_another_shape_is_refused(tmp_path: Path) -> None:
