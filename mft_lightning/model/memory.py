@@ -1,0 +1,285 @@
+"""How much memory a device needs for an optimizer step, part by part, counted from shapes.
+
+A step is looked at where memory is highest: with all activations at the loss, at both ends of the backward pass, in the
+optimizer, and where layouts of several devices have something of their own. What a layer keeps of its forward pass is
+in ``activations.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+from torch import nn
+
+from mft_lightning.model.activations import Computation, kept_by_layer
+from mft_lightning.model.adapters import has_adapters
+from mft_lightning.model.head_loss import computes_bfloat16
+from mft_lightning.model.parallel import transformer_layers
+from mft_lightning.model.step_setup import StepSetup
+from mft_lightning.model.supervised_loss import LOGIT_BUDGET, LOGIT_BUDGETS
+
+PARTS = ("weights", "gathered weights", "gradients", "optimizer", "activations", "loss")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a step at which memory may be highest.
+
+    Attributes:
+        name: of the moment.
+        parts: bytes of each of ``PARTS``.
+    """
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def moments_of_step(setup: StepSetup) -> list[Moment]:
+    """Each device's memory in bytes where it may be highest, in the order of a step that is not the first."""
+    return _Step(setup).moments()
+
+
+def peak(setup: StepSetup) -> Moment:
+    """The moment of a step that needs the most memory."""
+    return max(moments_of_step(setup), key=lambda moment: moment.total)
+
+
+class _Step:
+    """Sizes of a setup in numbers of elements (``…_numel``) and in bytes (all others)."""
+
+    def __init__(self, setup: StepSetup) -> None:
+        self.setup = setup
+        network = setup.network
+        layers = transformer_layers(network)
+        self.config, self.layer, self.layers = network.causal_lm.config, layers[0], len(layers)
+        self.head = cast(nn.Module, network.causal_lm.get_output_embeddings())
+        self.several = setup.micro_batches > 1
+        self.fsdp = setup.sharing == "fsdp"
+        self.again = setup.checkpoint_activations
+        self.mixed = setup.precision.endswith("-mixed")
+        # bytes of an element
+        self.held = next(network.parameters()).element_size()
+        self.used = 2 if self.mixed and self.fsdp else self.held  # of weights as layers see them
+        self.product = 2 if self.mixed else self.held
+        self.stream = self.used
+        self.reduced = 4 if self.fsdp and setup.precision.startswith("bf16") else self.held
+        # weights; the root is all that is not in a layer
+        self.numel, self.trained_numel = _numel(network.parameters()), _numel(_trained(network))
+        self.layer_numel, self.layer_trained_numel = _numel(self.layer.parameters()), _numel(_trained(self.layer))
+        self.root_numel = self.numel - self.layers * self.layer_numel
+        self.root_trained_numel = self.trained_numel - self.layers * self.layer_trained_numel
+        self.head_trained_numel = _numel(_trained(self.head))
+        # a share of what is held for the whole step; offloaded, it is not on the device
+        offloaded = setup.parallel.cpu_offload and setup.device == "cuda"
+        self.share = 0.0 if self.fsdp and offloaded else 1 / setup.devices if self.fsdp else 1.0
+
+    def moments(self) -> list[Moment]:
+        """In the order of a step; FSDP2's gathering at the beginning of one, and DDP's second step, are their own."""
+        found = [("loss", self._at_loss()), ("backward begins", self._backward_begins())]
+        found += [("backward ends", self._backward_ends()), ("optimizer", self._update())]
+        if self.fsdp:
+            found.insert(0, ("forward begins", self._forward_begins()))
+        if self.setup.sharing == "ddp":
+            # gradients of the first step live on in its buckets while the reducer lays out others
+            found.append(("second step begins", {"gradients": 2 * self.trained_numel * self.held}))
+        fixed = {
+            "weights": self.numel * self.held * self.share,
+            "optimizer": 2 * self.trained_numel * self.held * self.share,  # AdamW's two moments
+        }
+        return [
+            Moment(name, {part: round(fixed.get(part, 0) + parts.get(part, 0)) for part in PARTS})
+            for name, parts in found
+        ]
+
+    # ---------------------------------------------------------------- where memory is highest, beside what is fixed
+
+    def _forward_begins(self) -> dict[str, float]:
+        """FSDP2 gathers the root, then the first layer, each into a buffer from which it is copied out."""
+        gathered = 2 * (self.root_numel + self.layer_numel) * self.used
+        return {"gathered weights": gathered, "gradients": self._unreduced()}
+
+    def _at_loss(self) -> dict[str, float]:
+        """The last micro-batch's activations are all there, and a chunk of its logits."""
+        return {
+            "weights": self._casts(0 if self.again else self.layers),
+            "gathered weights": self._gathered(2),
+            "gradients": self._before_backward(),
+            "activations": self._kept() + 2 * self._hidden_states(),  # the last norm's input, and what it gave
+            "loss": self._loss(),
+        }
+
+    def _backward_begins(self) -> dict[str, float]:
+        """In the last layer, its activations computed again where they were not kept."""
+        return {
+            "weights": self._casts(1 if self.again else self.layers),
+            "gathered weights": self._gathered(3),
+            "gradients": self._before_backward() + self._new_gradients(self.head_trained_numel),
+            "activations": self._kept() + self._recomputed() + self._in_backward(),
+        }
+
+    def _backward_ends(self) -> dict[str, float]:
+        """In the first layer or, after it, in the embedding, whichever needs more."""
+        of_head, of_rest = self.head_trained_numel, self.root_trained_numel - self.head_trained_numel
+        if self.fsdp:
+            sharded = self.layers * self.layer_trained_numel * self.held * self.share
+            earlier = self.root_trained_numel * self.reduced if self.several else 0
+            in_layer = sharded + earlier + self._new_gradients(of_head)
+            in_embedding = sharded + self._reducing_root(of_rest)
+        elif self.several or self.setup.sharing == "ddp":  # all are there, and one is made that is added or copied
+            in_layer = self.trained_numel * self.held + self._new_gradients(0)
+            in_embedding = (self.trained_numel + of_rest) * self.held
+        else:
+            in_layer = (self.trained_numel - of_rest) * self.held
+            in_embedding = self.trained_numel * self.held
+        first = {
+            "weights": self._casts(1),
+            "gathered weights": self._gathered(2),
+            "gradients": in_layer,
+            "activations": self._layer() + self._in_backward(),
+        }
+        embedding = {"gradients": in_embedding, "activations": self._hidden_states()}
+        return max(first, embedding, key=lambda parts: sum(parts.values()))
+
+    def _update(self) -> dict[str, float]:
+        """AdamW's denominators: of all weights at once on a GPU, of one after the other on a CPU."""
+        trained = self.trained_numel * self.held * self.share
+        if self.setup.device == "cuda":
+            return {"gradients": trained, "optimizer": trained}
+        sizes = [parameter.numel() * self.held * self.share for parameter in _trained(self.setup.network)]
+        pairs = zip(sizes, [0, *sizes], strict=False)  # two of a weight, and that of the weight before
+        return {"gradients": trained, "optimizer": max((2 * size + before for size, before in pairs), default=0)}
+
+    # ---------------------------------------------------------------- parts
+
+    def _unreduced(self) -> float:
+        """Gradients of earlier micro-batches; FSDP2 holds them whole until the last one's backward."""
+        return self.trained_numel * self.reduced if self.several else 0
+
+    def _before_backward(self) -> float:
+        """Gradients that are there before the last backward; DDP's buckets always are."""
+        buckets = self.trained_numel * self.held if self.setup.sharing == "ddp" else 0
+        return self._unreduced() + buckets
+
+    def _new_gradients(self, head_numel: int) -> float:
+        """Of the head and of one layer, before they are reduced, or added to those of earlier micro-batches."""
+        if self.fsdp:
+            return (head_numel + self.layer_trained_numel) * self.used + self.layer_trained_numel * self.reduced
+        if self.several or self.setup.sharing == "ddp":
+            return max(map(_numel_of, _trained(self.layer)), default=0) * self.held
+        return (head_numel + self.layer_trained_numel) * self.held
+
+    def _reducing_root(self, rest_numel: int) -> float:
+        """FSDP2's whole gradients of the root (of several micro-batches their sum), and the buffer for the others'.
+
+        On a CPU gloo copies the buffer again, before the gradient of the embedding is let go.
+
+        Args:
+            rest_numel: of the root without the head.
+        """
+        root, summed = self.root_trained_numel, self.reduced if self.several else self.used
+        copied = root * (summed + self.reduced)
+        if self.setup.device != "cpu":
+            return copied
+        return max(copied, rest_numel * summed + root * self.reduced * (2 + 1 / self.setup.devices))
+
+    def _gathered(self, layers: int) -> float:
+        """FSDP2's whole weights: the root's, and those of layers, the buffers they come in counted as such."""
+        if not self.fsdp:
+            return 0
+        if not self.setup.parallel.reshard_after_forward:
+            layers = self.layers + 1
+        return (self.root_numel + layers * self.layer_numel) * self.used
+
+    def _casts(self, layers: int) -> float:
+        """What matrix products under autocast keep of the weights of so many layers, in half precision."""
+        if not self.mixed or self.fsdp:
+            return 0
+        linears = [module for module in self.layer.modules() if isinstance(module, nn.Linear)]
+        return 2 * layers * sum(_numel(linear.parameters()) for linear in linears)
+
+    def _hidden_states(self) -> float:
+        return self.setup.tokens * self.config.hidden_size * self.stream
+
+    def _layer(self) -> float:
+        """What one layer keeps, computed in full."""
+        setup = self.setup
+        rows = 1 if setup.packed else setup.conversations
+        eager_row = setup.packed and self.config._attn_implementation == "eager"
+        how = Computation(
+            stream=self.stream,
+            product=self.product,
+            adapter=self.used,
+            device=setup.device,
+            norms_cast=self.mixed and self.stream == 2 and setup.device == "cuda",
+            rows=rows,
+            length=setup.tokens if eager_row else setup.length,
+        )
+        return setup.tokens * sum(kept_by_layer(self.layer, self.config, how).values())
+
+    def _kept(self) -> float:
+        """What all layers keep, or their inputs alone, with what they share: rotary positions, and eager's mask."""
+        tokens, config = self.setup.tokens, self.config
+        rotary = int(config.hidden_size // config.num_attention_heads * config.rope_parameters["partial_rotary_factor"])
+        shared = 2 * tokens * rotary * self.stream  # cosine and sine
+        if config._attn_implementation == "eager":
+            shared += tokens * (tokens if self.setup.packed else self.setup.length) * self.stream
+        each = self._hidden_states() if self.again else self._layer()
+        return shared + self.layers * each
+
+    def _recomputed(self) -> float:
+        return self._layer() - self._hidden_states() if self.again else 0
+
+    def _in_backward(self) -> float:
+        """Gradients of a layer's activations, and results of its forward pass where that is computed again.
+
+        In the MLP's last matrix there are those of what it gives and of what it reads; in attention that is not fused
+        those of all scores, of which the MLP's activations are gone by then.
+        """
+        tokens, config = self.setup.tokens, self.config
+        inner = tokens * config.intermediate_size * self.product
+        made = inner
+        if config._attn_implementation == "eager":
+            row = tokens if self.setup.packed else self.setup.length
+            made = max(made, 2 * tokens * config.num_attention_heads * row * 4 - 2 * inner)
+        if self.again and has_adapters(self.setup.network.model):
+            made += 4 * tokens * config.hidden_size * self.product  # what adapters add to, and to what they are added
+        return self._hidden_states() + made
+
+    def _loss(self) -> float:
+        """The head's inputs and their gradients, its own gradient, and a chunk of logits that become theirs."""
+        setup, vocabulary, hidden = self.setup, self.config.vocab_size, self.config.hidden_size
+        computed = self.product
+        if setup.device == "cpu" and computed == 2 and not computes_bfloat16():
+            computed = 4
+        reduced = max(computed, 4)
+        budget = LOGIT_BUDGETS.get(setup.device, LOGIT_BUDGET)
+        rows = max(1, min(setup.tokens, budget // (4 * vocabulary)))
+        inputs_and_gradients = 2 * self._hidden_states()
+        matrix = vocabulary * hidden
+        made = matrix * reduced if self.head_trained_numel else 0
+        cast = matrix * computed if computed != self.used else 0
+        half = computed if computed < reduced else 0  # logits and their gradient exist in both precisions for a moment
+        if type(self.head) is not nn.Linear:  # with an adapter: logits, their log-softmax and gradient
+            return inputs_and_gradients + rows * vocabulary * (3 * reduced + half)
+        chunk = rows * vocabulary * (reduced + half) + rows * hidden * computed
+        # a product in half precision, which a CPU casts before it adds it to the head's gradient
+        product = matrix * (half + (reduced if half and setup.device == "cpu" else 0)) if self.head_trained_numel else 0
+        return inputs_and_gradients + made + cast + chunk + product
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _numel_of(parameter: nn.Parameter) -> int:
+    return parameter.numel()
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(map(_numel_of, parameters))

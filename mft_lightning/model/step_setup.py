@@ -1,0 +1,83 @@
+"""What decides how much memory an optimizer step needs: a network without weights, and what a device does with it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from mft_lightning.errors import UserError
+from mft_lightning.model.attention import SDPA_BY_CONVERSATION
+from mft_lightning.model.build import ModelSource, add_lora, load_config
+from mft_lightning.model.parallel import ParallelSettings
+from mft_lightning.model.settings import LoraSettings
+from mft_lightning.model.supervised_loss import SupervisedLM
+
+Sharing = Literal["one device", "ddp", "fsdp"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSetup:
+    """What decides how much memory a step needs.
+
+    Attributes:
+        network: on the meta device, of :func:`meta_network`.
+        precision: ``trainer.precision``.
+        sharing: how the devices share the work.
+        devices: that do.
+        parallel: options of ``fsdp``.
+        checkpoint_activations: whether the backward pass computes activations again.
+        conversations: of a micro-batch.
+        length: tokens of each; all but the first are taken to be supervised.
+        packed: whether they stand in one row.
+        micro_batches: of each device's share of a step.
+        device: "cpu" or "cuda".
+    """
+
+    network: SupervisedLM
+    precision: str
+    sharing: Sharing
+    devices: int
+    parallel: ParallelSettings
+    checkpoint_activations: bool
+    conversations: int
+    length: int
+    packed: bool
+    micro_batches: int
+    device: str
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.conversations * self.length
+
+
+def meta_network(
+    source: ModelSource, adapters: LoraSettings | None, tokens: int, multiple_of: int | None
+) -> SupervisedLM:
+    """A run's network without its weights.
+
+    Args:
+        source: the base model, of which the configuration alone is read.
+        adapters: their settings; None trains all weights.
+        tokens: of the tokenizer, for which embeddings grow.
+        multiple_of: of rows that they grow to.
+
+    Raises:
+        UserError: no configuration, or the activations of its model are not known.
+    """
+    config = load_config(source.path, source.model_type, source.trust_remote_code)
+    if config.model_type != "gpt_neox":
+        raise UserError(f"model.model_type: what a {config.model_type} needs is not known; only a gpt_neox's is.")
+    if tokens > config.vocab_size:
+        step = multiple_of or 1
+        config.vocab_size = math.ceil(tokens / step) * step
+    attention = SDPA_BY_CONVERSATION if source.attn_implementation == "sdpa" else source.attn_implementation
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=source.dtype, attn_implementation=attention)
+        if adapters is not None:
+            model = add_lora(model, adapters, base_path=source.path, seed=source.seed)
+    return SupervisedLM(model)
