@@ -88,7 +88,7 @@ class RunConfig(LightningCLI):
         parser.link_arguments(
             ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "parallel.tensor_parallel_size"),
             "data.devices",
-            compute_fn=_devices,
+            compute_fn=self.count_devices,
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -101,7 +101,16 @@ class RunConfig(LightningCLI):
         self.config_init = instantiate(self.parser, self.config)
         self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
         self.settings = RunSettings(**{group: self.config_init[group] for group in GROUPS}, command=self.command)
-        self.trainer_config = placed(self.trainer_keys(self.config_init), self.settings)
+        self.trainer_config = self.place(self.trainer_keys(self.config_init))
+
+    @staticmethod
+    def count_devices(accelerator: Any, devices: Any, num_nodes: int, tensor_parallel_size: int) -> int:
+        """How many devices share a step, by ``trainer.accelerator``, ``devices`` and ``num_nodes``."""
+        return data_parallel_size(find_layout(accelerator, devices, num_nodes), tensor_parallel_size)
+
+    def place(self, keys: dict[str, Any]) -> dict[str, Any]:
+        """The Trainer keys with the devices and the strategy of this run in place of what was asked for."""
+        return placed(keys, self.settings)
 
     @staticmethod
     def trainer_keys(config: Any) -> dict[str, Any]:
@@ -140,10 +149,6 @@ def _seed(value: bool | int) -> int:
     if isinstance(value, bool) or not 0 <= value < 2**32:
         raise UserError(f"seed_everything: {value} is no number from 0 to 2^32 - 1; a run is made again from it.")
     return value
-
-
-def _devices(accelerator: Any, devices: Any, num_nodes: int, tensor_parallel_size: int) -> int:
-    return data_parallel_size(find_layout(accelerator, devices, num_nodes), tensor_parallel_size)
 
 
 def _with_shipped_configs(argv: list[str]) -> list[str]:
