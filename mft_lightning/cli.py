@@ -22,12 +22,13 @@ COMMANDS = {
     "test": ("mft_lightning.commands.evaluate:test", "measure a checkpoint on the test split"),
     "inspect": ("mft_lightning.commands.inspect:inspect", "show what the model will see and learn from"),
     "prepare": ("mft_lightning.commands.prepare:prepare", "tokenise the data of a run beforehand"),
+    "estimate": ("mft_lightning.commands.estimate:estimate", "tell the memory a run needs, and what needs less"),
     "generate": ("mft_lightning.commands.generate:generate", "ask a checkpoint"),
     "consolidate": ("mft_lightning.commands.consolidate:consolidate", "make one model of a sharded checkpoint"),
     "merge": ("mft_lightning.commands.merge:merge", "make an adapter and its base one model"),
 }
 RANKED = ("fit", "validate", "test")  # commands that run on several processes
-NOT_YET = ("predict", "chat", "convert-config", "estimate")
+NOT_YET = ("predict", "chat", "convert-config")
 
 
 def main(argv: list[str] | None = None) -> int:

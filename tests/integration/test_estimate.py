@@ -1,0 +1,124 @@
+"""``estimate`` tells what a run needs, and what would need less."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mft_lightning.cli import main
+from mft_lightning.data import token_cache
+from tests.integration.conftest import ROOT
+
+Estimate = Callable[..., str]
+
+
+@pytest.fixture
+def estimate(capsys: pytest.CaptureFixture[str]) -> Estimate:
+    """What ``estimate`` prints of ``configs/full.yaml`` with further words."""
+
+    def run(*words: str, config: str = "full.yaml") -> str:
+        capsys.readouterr()
+        assert main(["estimate", "--config", str(ROOT / "configs" / config), *words]) == 0
+        found = capsys.readouterr()
+        assert found.err == ""
+        return found.out
+
+    return run
+
+
+def as_words(keys: dict[str, Any]) -> list[str]:
+    return [f"--{key}={str(value).lower()}" for key, value in keys.items()]
+
+
+def test_it_reads_a_configuration_and_no_weights_and_no_data(
+    estimate: Estimate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any) -> None:
+        raise AssertionError("data is read")
+
+    monkeypatch.setattr(token_cache, "read_blocks", read)
+    shutil.copytree(ROOT / "examples" / "model", tmp_path / "model")
+    words = ("--model.pretrained_model_path", str(tmp_path / "model"), "--model.init", "pretrained")
+    said = estimate(*words, "--device-memory", "0.1")
+    assert not list((tmp_path / "model").glob("*.safetensors"))
+    lines = said.splitlines()
+    assert "4 micro-batch(es) of 8 on each device, packed end to end" in said
+    assert "conversations of 512 tokens (data.seq_length; --length if they are shorter), all of them supervised" in said
+    parts = ("weights", "gradients", "optimizer", "activations", "loss", "total", "peak", "fits")
+    assert all(any(line.startswith(part) for line in lines) for part in parts)
+    assert any(line.startswith("fits") and "no, with 0.1 GiB" in line for line in lines)
+    assert any(line.startswith("model.checkpoint_activations: true") for line in lines)
+
+
+def test_the_parts_add_up_and_every_change_saves_what_it_says(estimate: Estimate) -> None:
+    found = json.loads(estimate("--json", "--device-memory", "1"))
+    totals = {name: sum(parts.values()) for name, parts in found["moments"].items()}
+    assert found["peak"] == max(totals.values()) == totals[found["moment"]] and found["fits"] is True
+    peaks = [change["peak"] for change in found["changes"] if len(change["keys"]) < 3]
+    assert len(peaks) >= 5 and peaks == sorted(peaks)
+    for change in found["changes"]:
+        assert change["saves"] == found["peak"] - change["peak"] > 0
+        again = json.loads(estimate("--json", *as_words(change["keys"])))
+        assert again["peak"] == change["peak"]
+        if change["same"]:
+            step = again["micro_batches"] * again["conversations"] * again["devices"]
+            assert step == found["micro_batches"] * found["conversations"] * found["devices"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data.total_train_batch_size", "null", "--data.gradient_accumulation_steps", "2"),
+        ("--data.total_train_batch_size", "null"),
+        ("--trainer.devices", "4", "--trainer.strategy", "fsdp", "--parallel.reshard_after_forward", "false"),
+        ("--trainer.devices", "2", "--model.attn_implementation", "eager", "--data.padding_mode", "padding"),
+        ("--data.total_train_batch_size", "null", "--data.total_train_batch_tokens", "16384"),
+    ],
+)
+def test_changes_hold_whatever_was_given(estimate: Estimate, words: tuple[str, ...]) -> None:
+    found = json.loads(estimate("--json", *words))
+    assert found["changes"]
+    for change in found["changes"]:
+        assert json.loads(estimate("--json", *words, *as_words(change["keys"])))["peak"] == change["peak"]
+
+
+def test_devices_need_not_be_here(estimate: Estimate) -> None:
+    words = ("--device", "cuda", "--trainer.accelerator", "gpu", "--trainer.strategy", "fsdp")
+    few, many = (json.loads(estimate("--json", *words, "--devices", n, config="lora.yaml")) for n in ("2", "16"))
+    assert (few["devices"], many["devices"], many["device"]) == (2, 16, "cuda")
+    for part in ("weights", "gradients", "optimizer"):
+        assert many["moments"]["optimizer"][part] < few["moments"]["optimizer"][part] / 7
+
+
+def test_shorter_conversations_need_less(estimate: Estimate) -> None:
+    whole, half = (json.loads(estimate("--json", "--length", length)) for length in ("512", "256"))
+    assert half["peak"] < 0.6 * whole["peak"] and half["length"] == 256
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--devices", "0"), "--devices: 0 is less than 1"),
+        (("--length", "513"), "--length: 513 is no number from 2 to data.seq_length, 512"),
+        (("--device", "tpu"), "--device: tpu is none of cpu, cuda"),
+        (("--device-memory", "-1"), "--device-memory: -1 is no number above 0"),
+        (("--trainer.strategy", "ddp_spawn"), "trainer.strategy: ddp_spawn is none of auto, ddp, fsdp"),
+        (("--parallel.cpu_offload", "true"), "parallel.cpu_offload: is an option of trainer.strategy: fsdp"),
+        (
+            ("--trainer.strategy.class_path", "lightning.pytorch.strategies.DDPStrategy"),
+            "trainer.strategy: what DDPStrategy needs is not known. Estimate with ddp or fsdp.",
+        ),
+        (("--data.seq_length", "1024"), "data.seq_length: 1024 is more than the 512 positions"),
+        (("--data.seq_lenght", "5"), "data.seq_lenght: there is no such key. The nearest is data.seq_length."),
+    ],
+)
+def test_bad_input_is_one_message(
+    refused: Callable[..., str], tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    said = refused(tmp_path / "out", *words, command="estimate")
+    assert message in said and said.count("\n") == 1
