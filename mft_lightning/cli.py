@@ -14,6 +14,7 @@ from types import ModuleType
 
 from mft_lightning import __version__, ranks
 from mft_lightning.errors import FULL_DISK, UserError, first_line
+from mft_lightning.out_of_memory import advice, is_out_of_memory
 
 # name -> (module:function, what it does); a command is imported only when it is called
 COMMANDS = {
@@ -84,7 +85,7 @@ def _run(arguments: list[str], verbose: bool) -> int:
         if not ranks.is_first_to_fail():
             ranks.wait_until_told()
             return 1
-        if (message := _message(error, arguments[0])) is None:
+        if (message := _message(error, arguments)) is None:
             if not ranks.are_several():
                 raise
             traceback.print_exc()
@@ -96,12 +97,15 @@ def _run(arguments: list[str], verbose: bool) -> int:
         return 1
 
 
-def _message(error: Exception, command: str) -> str | None:
+def _message(error: Exception, arguments: list[str]) -> str | None:
     """What an error is to a user; None where it is a defect of the program."""
+    command = arguments[0]
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, BrokenPipeError) and ranks.is_first():
         return "standard output was closed."
+    if command in RANKED and is_out_of_memory(error):
+        return advice(error, arguments[1:])
     again = ranks.GO_ON if command == "fit" else ""
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         where = f"{error.filename}: cannot be written" if error.filename else "a file cannot be written"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mft_lightning.data.batch_sizes import BatchSizes, derive_batch_sizes
-from mft_lightning.errors import UserError
+from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.build import load_config
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.step_setup import Sharing, StepSetup, meta_network
@@ -41,8 +41,11 @@ class PlannedRun(RunConfig):
         super().__init__(argv, "estimate", EXTRA)
 
     @staticmethod
-    def count_devices(accelerator: Any, devices: Any, num_nodes: int) -> int:
+    def count_devices(accelerator: Any, devices: Any, num_nodes: int, tensor_parallel_size: int) -> int:
         """As many as are asked for, where they are not here."""
+        if tensor_parallel_size != 1:
+            key = "parallel.tensor_parallel_size"
+            raise NotYetError(key, tensor_parallel_size, "estimate counts without it; leave it out.")
         try:
             return find_layout(accelerator, devices, num_nodes).total
         except UserError:
