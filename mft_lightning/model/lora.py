@@ -45,6 +45,10 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings, *, base_path: str) 
     )
     model.name_or_path = base_path  # what peft writes into the adapter's configuration
     adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    for layer in adapted.modules():
+        if hasattr(layer, "reset_lora_parameters"):
+            for matrix in _pair(layer):
+                matrix.to(cast(Any, layer).get_base_layer().weight.dtype)
     return cast("PeftModel", adapted.train())
 
 
@@ -62,8 +66,7 @@ def draw_adapters(model: nn.Module, seed: int, within: nn.Module | None = None) 
     for name, layer in model.named_modules():
         if layer not in wanted or not hasattr(layer, "reset_lora_parameters"):
             continue
-        adapted = cast(Any, layer)
-        pair = [adapted.lora_A["default"], adapted.lora_B["default"]]
+        adapted, pair = cast(Any, layer), _pair(layer)
         if not pair[0].weight.is_meta:  # drawn with another part
             continue
         for matrix in pair:
@@ -72,3 +75,7 @@ def draw_adapters(model: nn.Module, seed: int, within: nn.Module | None = None) 
             adapted.reset_lora_parameters("default", True)
         for matrix in pair:
             matrix.to(adapted.get_base_layer().weight.dtype)
+
+
+def _pair(layer: Any) -> list[Any]:
+    return [layer.lora_A["default"], layer.lora_B["default"]]

@@ -6,15 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from mft_lightning.errors import UserError
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION
-from mft_lightning.model.build import ModelSource, add_lora, load_config
+from mft_lightning.model.build import ModelSource, load_config
+from mft_lightning.model.lora import add_lora
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM
+from mft_lightning.model.weights import sketch
 
 Sharing = Literal["one device", "ddp", "fsdp"]
 
@@ -76,8 +75,5 @@ def meta_network(
         step = multiple_of or 1
         config.vocab_size = math.ceil(tokens / step) * step
     attention = SDPA_BY_CONVERSATION if source.attn_implementation == "sdpa" else source.attn_implementation
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=source.dtype, attn_implementation=attention)
-        if adapters is not None:
-            model = add_lora(model, adapters, base_path=source.path, seed=source.seed)
-    return SupervisedLM(model)
+    model = sketch(config, source.dtype, attn_implementation=attention)
+    return SupervisedLM(model if adapters is None else add_lora(model, adapters, base_path=source.path))

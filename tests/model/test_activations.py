@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from mft_lightning.data.collate import MicroBatch
 from mft_lightning.model.activations import Computation, kept_by_layer
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION
-from mft_lightning.model.build import add_lora
+from mft_lightning.model.lora import add_lora, draw_adapters
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM
 
@@ -26,7 +26,11 @@ SIZES = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 192, 
 def network(layers: int, attention: str, adapters: LoraSettings | None, **config: Any) -> SupervisedLM:
     settings = GPTNeoXConfig(num_hidden_layers=layers, **SIZES, **config)
     model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention).train()
-    return SupervisedLM(add_lora(model, adapters, base_path="base", seed=0) if adapters else model)
+    if adapters is None:
+        return SupervisedLM(model)
+    adapted = add_lora(model, adapters, base_path="base")
+    draw_adapters(model, seed=0)
+    return SupervisedLM(adapted)
 
 
 def micro_batch(packed: bool) -> MicroBatch:
