@@ -300,6 +300,8 @@ def best(shape: Shape, devices: int, micro: Micro, hardware: Hardware) -> Estima
     """The fastest layout that fits, for ``micro`` on every device; a group takes that of all its devices together."""
     found = []
     for strategy, tensor in (("ddp", 1), ("fsdp", 1), ("fsdp", 2), ("fsdp", 4), ("fsdp", 8)):
+        if devices % tensor:
+            continue
         for checkpointing in (False, True):
             group = Micro(micro.tokens * tensor, micro.supervised * tensor, micro.squares * tensor)
             found.append(estimate(shape, Layout(strategy, devices, tensor, checkpointing), group, hardware))

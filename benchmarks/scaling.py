@@ -30,11 +30,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import lightning as L
-from cost_model import (
+from torch.profiler import ProfilerActivity, profile
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.cost_model import (
     FLOAT32,
     MODELS,
     Collective,
@@ -47,7 +49,6 @@ from cost_model import (
     memory,
     step_flops,
 )
-from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -185,13 +186,13 @@ def fit(name: str, model: Path, shape: Shape, options: argparse.Namespace) -> Me
         words += ["--data.per_device_train_batch_size", str(per_device)]
         if options.checkpoint_activations:
             words += ["--model.checkpoint_activations", "true"]
-        words += ["--trainer.callbacks+", "scaling.Meter", f"--trainer.callbacks.directory={place}"]
+        words += ["--trainer.callbacks+", "benchmarks.scaling.Meter", f"--trainer.callbacks.directory={place}"]
         words += [f"--trainer.callbacks.steps={options.steps}"]
         if layout.devices > 1:
             words += ["--trainer.strategy", layout.strategy]
         if layout.tensor > 1:
             words += ["--parallel.tensor_parallel_size", str(layout.tensor)]
-        paths = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # so that what is freed is given back, and not counted
         done = subprocess.run(words, env=environment, capture_output=True, text=True, cwd=ROOT)
