@@ -249,7 +249,7 @@ class Estimate:
     layout: Layout
     seconds: float
     communicating: float  # of these, seconds in which nothing else goes on
-    useful: float  # FLOPs of a device, recomputation not counted
+    useful: float  # FLOPs of a device; what is computed again, or on every device of a group, counts once
     memory: dict[str, float]
 
     @property
@@ -292,7 +292,7 @@ def estimate(shape: Shape, layout: Layout, micro: Micro, hardware: Hardware, log
         backwards = gather + shape.layers * max(backward, gather + scatter)
         after = scatter + of("reduce_scatter", root * BF16_MIXED.reduced)
         seconds = forwards + head + backwards + after + update
-    useful = step_flops(shape, Layout(layout.strategy, layout.devices, layout.tensor), [micro])
+    useful = step_flops(shape, Layout(layout.strategy, layout.devices), [micro]) / layout.tensor
     return Estimate(layout, seconds, seconds - computing, useful, memory(shape, layout, [micro], BF16_MIXED, logits))
 
 

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -211,11 +211,11 @@ def summed(layout: Layout, shape: Shape, ranks: list[dict[str, Any]], checkpoint
     for rank in work:
         for micros in rank[:timed]:
             carried += sum(as_carried(one) for one in collectives(shape, layout, micros, FLOAT32)) / timed
-    sent: Counter[str] = Counter()
+    sent: defaultdict[str, float] = defaultdict(float)
     for kind, size, group, times in ranks[0]["profiled"][0]["counted"]:
         one = Collective(kind, 4 * size, group or (layout.tensor if layout.tensor > 1 else layout.data), times)
         sent[kind] += one.sent
-    predicted: Counter[str] = Counter()
+    predicted: defaultdict[str, float] = defaultdict(float)
     for one in collectives(shape, layout, work[0][timed], FLOAT32):
         predicted[one.kind] += one.sent
     held = max(

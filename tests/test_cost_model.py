@@ -89,3 +89,11 @@ def test_a_layout_is_chosen_that_fits() -> None:
     assert 0 < chosen.communicating < chosen.seconds
     assert chosen.useful / chosen.seconds < hardware.peak * hardware.ceiling
     assert best(shape, 1, MICRO, hardware) is None
+
+
+def test_useful_work_is_the_same_in_every_layout() -> None:
+    shape, hardware = MODELS["Pythia-1.4b"], Hardware()
+    group = Micro(*(4 * value for value in (MICRO.tokens, MICRO.supervised, MICRO.squares)))
+    alone = estimate(shape, Layout("fsdp", 8), MICRO, hardware)
+    for layout in (Layout("fsdp", 8, 4), Layout("fsdp", 8, 4, checkpointing=True)):
+        assert estimate(shape, layout, group, hardware).useful == pytest.approx(alone.useful)
