@@ -6,7 +6,7 @@ import io
 import json
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -22,33 +22,23 @@ from safetensors import SafetensorError
 import mft_lightning
 from mft_lightning.aside import aside_of, remove_directory, written_aside
 from mft_lightning.errors import UserError, first_line
-from mft_lightning.model.adapters import has_adapters
-from mft_lightning.model.build import Built
-from mft_lightning.model.export import ModelWriter, load_state, not_whole, twin
+from mft_lightning.model.export import ModelWriter
 from mft_lightning.model.module import NETWORK, MFTModule
 from mft_lightning.model.weight_files import MODEL_SHARDS, OPTIMIZER_SHARDS
-from mft_lightning.model.weights import StoredWeights
-from mft_lightning.screen import printable, shown
+from mft_lightning.screen import shown
 from mft_lightning.training.background import Background
 from mft_lightning.training.checkpoint_dirs import (
     FORMAT_VERSION,
-    METADATA,
     TRAINER_STATE,
-    read_checkpoint,
     write_metadata,
 )
+from mft_lightning.training.checkpoint_reading import read_state
 from mft_lightning.training.shards import (
     ShardWriter,
-    has_sharded_optimizer,
-    is_sharded_checkpoint,
-    joined,
     split_off,
     staged,
 )
 
-# what Lightning needs of its dictionary to go on
-TRAINER_KEYS = {"global_step", "epoch", "loops", "callbacks", "optimizer_states", "lr_schedulers"}
-TRAINER_KEYS |= {"pytorch-lightning_version"}
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)  # what a full disk is to Python, to torch, to safetensors
 
 
@@ -219,59 +209,11 @@ class HFCheckpointIO(CheckpointIO):
         path = Path(path)
         if path in self._preloaded:
             return self._preloaded.pop(path)
-        info = read_checkpoint(path)
-        built = self.module.built
-        assert built is not None
-        weights = {"state_dict": _Named(_state(built, path), NETWORK)}
-        if not info.resumable:
-            return {"global_step": info.step, "pytorch-lightning_version": L.__version__, **weights}
-        try:
-            checkpoint = torch.load(
-                path / TRAINER_STATE, map_location="cpu", weights_only=True, mmap=built.weights is not None
-            )
-        except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path / TRAINER_STATE}: is damaged ({printable(first_line(error))}).") from error
-        if not isinstance(checkpoint, dict) or (missing := TRAINER_KEYS - checkpoint.keys()):
-            what = f"lacks {', '.join(sorted(missing))}" if isinstance(checkpoint, dict) else "is no dictionary"
-            raise UserError(f"{path / TRAINER_STATE}: is damaged ({what}).")
-        if checkpoint["global_step"] != info.step:
-            raise UserError(f"{path}: {TRAINER_STATE} is of step {checkpoint['global_step']}, {METADATA} of another.")
-        if has_sharded_optimizer(path):
-            checkpoint = joined(checkpoint, path, at_once=built.weights is None)
-        return {**checkpoint, **weights}
+        assert self.module.built is not None
+        return read_state(path, self.module.built)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         remove_directory(Path(path))
-
-
-class _Named(Mapping[str, torch.Tensor]):
-    """A state whose names begin otherwise; what it makes when it is asked for it goes on doing so."""
-
-    def __init__(self, state: Mapping[str, torch.Tensor], prefix: str) -> None:
-        self.state, self.prefix = state, prefix
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if not name.startswith(self.prefix):
-            raise KeyError(name)
-        return self.state[name.removeprefix(self.prefix)]
-
-    def __iter__(self) -> Iterator[str]:
-        return (self.prefix + name for name in self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-
-def _state(built: Built, path: Path) -> Mapping[str, torch.Tensor]:
-    """The weights in a checkpoint; those of a sketch are read one by one, when each is asked for."""
-    sketched = built.weights is not None
-    if has_adapters(built.network.model) or not (sketched or is_sharded_checkpoint(path)):
-        return load_state(built.network.model, path)
-    if not (path / "config.json").is_file():
-        raise not_whole(path)
-    model = built.weights.model if built.weights is not None else twin(built.network.causal_lm)
-    stored = StoredWeights(model, model.dtype, str(path), where=shown(path))
-    return stored if sketched else dict(stored)
 
 
 def _compact(file: Path) -> bytes:
