@@ -1,0 +1,23 @@
+"""The peak memory of real steps is what ``estimate`` says; ``benchmarks/memory.py`` has more and larger cases."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.memory import AGAIN, FEW, FSDP, LORA, batch, compare, model
+
+CASES = {
+    "lora, activations again": batch(16, 256) | LORA | AGAIN,
+    "fsdp": batch(4, 256, 2, 2) | FSDP,
+}
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="Linux alone tells the peak of a stretch of time"
+)
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_is_within_a_tenth_of_the_estimate(name: str) -> None:
+    _, estimated, measured = compare(model(256, 4, FEW), CASES[name])
+    assert abs(estimated / measured - 1) < 0.1
