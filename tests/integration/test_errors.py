@@ -47,7 +47,6 @@ GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
             "parallel.tensor_parallel_size: 3 does not divide the model's num_attention_heads",
         ),
         (("--parallel.find_unused_parameters", "true"), "parallel.find_unused_parameters: is an option of"),
-        (("--checkpoint.sharded", "true"), "checkpoint.sharded: True is not supported yet"),
         (("--data.padding_mode", "concat"), "data.padding_mode: concat cuts a stream"),
         (("--data.cache_dir", ""), "data.cache_dir: is empty"),
         (("--data.cache_dir", "/dev/null/x"), "data.cache_dir: /dev/null/x/"),
