@@ -11,7 +11,9 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
 
+from mft_lightning.model.export import PART
 from mft_lightning.model.weight_files import MODEL_SHARDS, OPTIMIZER_SHARDS, ShardFiles
 
 Tensors = dict[str, Tensor]
@@ -34,12 +36,25 @@ class ShardWriter:
             OSError: some rank could not.
         """
         for name, parts in tensors.items():
-            writer = dcp.HuggingFaceStorageWriter(str(directory / name), save_distributed=True)
+            files = _files(parts)
+            writer = dcp.HuggingFaceStorageWriter(str(directory / name), files, save_distributed=True)
             try:
                 dcp.save(parts, storage_writer=writer, process_group=self._group)
             except CheckpointException as error:  # which is no Exception
                 rank, (cause, _) = min(error.failures.items())
                 raise OSError(f"rank {rank}: {cause}") from error
+
+
+def _files(parts: Tensors) -> dict[str, int]:
+    """The number of the file for each tensor, from 1: the writer has the bytes of a whole file in memory."""
+    numbers, number, size = {}, 1, 0
+    for name, part in parts.items():
+        local = part.to_local() if isinstance(part, DTensor) else part
+        if size and size + local.nbytes > PART:
+            number, size = number + 1, 0
+        numbers[name] = number
+        size += local.nbytes
+    return numbers
 
 
 def split_off(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensors, Tensors]:
