@@ -83,9 +83,8 @@ class TrainLoader(DataLoader[StepBatch]):
         )
 
     def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]  # DataLoader names its private iterator
-        self.plan.epoch(
-            self.cursor.epoch
-        )  # before workers are forked, which then have it; those of a fork server form it
+        # Before workers are forked, which then have it; those of a fork server form it themselves.
+        self.plan.epoch(self.cursor.epoch)
         for batch in super().__iter__():
             # Before the yield: Lightning never exhausts the iterator of a loader that has a length.
             self.cursor.advance()

@@ -144,6 +144,9 @@ def make_network(
     frozen, weights = adapters is not None, None
     if sketched:
         model, weights = sketch_causal_lm(source)
+        # Of a frozen base the digest reads everything; and what the first rank finds whole the others read.
+        if isinstance(weights, StoredWeights) and not frozen and ranks.is_first():
+            weights.check()
         if needs_rows(model, tokenizer, frozen=frozen):
             weights = GrownWeights(weights, len(tokenizer), pad_vocab_to_multiple_of, source.seed)
             model.resize_token_embeddings(len(tokenizer), pad_vocab_to_multiple_of, mean_resizing=False)
@@ -181,11 +184,11 @@ def build_causal_lm(source: ModelSource) -> PreTrainedModel:
     loaded: Any
     try:
         if source.init == "random":
-            model = sketch(config, source.dtype, **_options(source, config))
+            model = sketch(config, source.dtype, **model_options(source, config))
             materialise(model, DrawnWeights(deepcopy(model), source.dtype, source.seed))
             return model
         loaded = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=source.dtype, output_loading_info=True, **_options(source, config)
+            source.path, dtype=source.dtype, output_loading_info=True, **model_options(source, config)
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         hint = "For a model without weights set model.init: random."
@@ -204,20 +207,18 @@ def sketch_causal_lm(source: ModelSource) -> tuple[PreTrainedModel, Weights]:
     """The base model of :func:`build_causal_lm` on the meta device, and the weights it is to have."""
     config = load_config(source.path, source.model_type, source.trust_remote_code)
     try:
-        model = sketch(config, source.dtype, **_options(source, config))
+        model = sketch(config, source.dtype, **model_options(source, config))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"model: cannot be made from {source.path!r} ({first_line(error)}).") from error
     if source.init == "random":
         return model, DrawnWeights(deepcopy(model), source.dtype, source.seed)
     with suppress(OSError):  # which not every model has
         model.generation_config = GenerationConfig.from_pretrained(source.path)
-    stored = StoredWeights(deepcopy(model), source.dtype, source.path)
-    if ranks.is_first():  # the others read what it found whole
-        stored.check()
-    return model, stored
+    return model, StoredWeights(deepcopy(model), source.dtype, source.path)
 
 
-def _options(source: ModelSource, config: PretrainedConfig) -> dict[str, Any]:
+def model_options(source: ModelSource, config: PretrainedConfig) -> dict[str, Any]:
+    """What transformers is told beside a model's configuration."""
     sliced = source.attn_implementation == "sdpa" and config.model_type in SLICED_MODEL_TYPES
     return {
         "attn_implementation": SDPA_BY_CONVERSATION if sliced else source.attn_implementation,

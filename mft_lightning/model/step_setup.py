@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mft_lightning.errors import UserError
-from mft_lightning.model.attention import SDPA_BY_CONVERSATION
-from mft_lightning.model.build import ModelSource, load_config
+from mft_lightning.model.build import ModelSource, load_config, model_options
 from mft_lightning.model.lora import add_lora
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.model.settings import LoraSettings
@@ -74,6 +73,5 @@ def meta_network(
     if tokens > config.vocab_size:
         step = multiple_of or 1
         config.vocab_size = math.ceil(tokens / step) * step
-    attention = SDPA_BY_CONVERSATION if source.attn_implementation == "sdpa" else source.attn_implementation
-    model = sketch(config, source.dtype, attn_implementation=attention)
+    model = sketch(config, source.dtype, **model_options(source, config))
     return SupervisedLM(model if adapters is None else add_lora(model, adapters, base_path=source.path))
