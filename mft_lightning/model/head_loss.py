@@ -7,15 +7,17 @@ computed again on the way back.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mft_lightning.model.objective import Objective
+from mft_lightning.model.vocabulary_parallel import LogitSums, VocabularyPart, is_shared
 
 # the largest factor in float16: far above its smallest number, 6e-8, and a chunk's sum far below its largest, 65504
 HALF_LARGEST = 1 / 16
@@ -41,15 +43,17 @@ def head_loss(
     """The weighted loss of a head's logits, reduced in at least float32.
 
     Args:
-        head: hidden states to logits.
+        head: hidden states to logits; one whose rows are shared out over devices gives each of them the whole loss.
         hidden: ``[P, hidden]``, what predicts each token.
         targets: ``int64 [P]``, the tokens.
         factors: ``[P]``, what each counts.
         objective: of each.
         rows: tokens whose logits stand in memory at once.
     """
-    if torch.is_grad_enabled() and _is_plain(head):
-        return TokenLosses(*_LinearHeadLoss.apply(hidden, head.weight, head.bias, targets, factors, objective, rows))
+    if is_shared(head) or (torch.is_grad_enabled() and _is_plain(head)):
+        linear = cast(nn.Linear, head)
+        weight, bias, vocabulary = _here(linear.weight), _here(linear.bias), VocabularyPart.of(linear.weight)
+        return TokenLosses(*_LinearHeadLoss.apply(hidden, weight, bias, targets, factors, objective, rows, vocabulary))
     parts = []
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
@@ -85,6 +89,7 @@ class _LinearHeadLoss(torch.autograd.Function):
         factors: Tensor,
         objective: Objective,
         rows: int,
+        vocabulary: VocabularyPart,
     ) -> tuple[Tensor, Tensor, Tensor]:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -110,21 +115,24 @@ class _LinearHeadLoss(torch.autograd.Function):
                 part = slice(start, start + rows)
                 inputs, wanted = hidden[part].to(dtype), targets[part, None]
                 logits = F.linear(inputs, matrix, None if bias is None else bias.to(dtype)).to(reduced)
-                highest, likeliest = logits.max(-1, keepdim=True)
-                of_target = logits.gather(1, wanted)
-                average = logits.mean(-1, keepdim=True) if objective.label_smoothing else of_target
-                total = logits.sub_(highest).exp_().sum(-1, keepdim=True)
-                log_total = highest + total.log()
-                nll[part] = (log_total - of_target)[:, 0]
-                value[part] = objective.of(nll[part], (log_total - average)[:, 0], log_total[:, 0])
-                correct[part] = (likeliest == wanted)[:, 0]
-                slope = objective.slope(nll[part, None], log_total, factors[part, None], logits.shape[-1])
-                gradient = logits.mul_(slope.probability / total)
-                gradient.scatter_add_(1, wanted, slope.target)
+                places, target_here = vocabulary.places(wanted)
+                own = _exponentiate(logits, places, objective)
+                own = own._replace(of_target=own.of_target * target_here)
+                sums = vocabulary.over_all(own)
+                log_total = sums.highest + sums.total.log()
+                nll[part] = (log_total - sums.of_target)[:, 0]
+                mean_nll = (log_total - sums.added / vocabulary.size)[:, 0]
+                value[part] = objective.of(nll[part], mean_nll, log_total[:, 0])
+                correct[part] = (sums.likeliest == wanted)[:, 0]
+                slope = objective.slope(nll[part, None], log_total, factors[part, None], vocabulary.size)
+                probability = slope.probability / sums.total * (own.highest - sums.highest).exp()
+                gradient = logits.mul_(probability).scatter_add_(1, places, slope.target * target_here)
                 if slope.every is not None:
                     gradient.add_(slope.every)
                 _accumulate(made, part, gradient, inputs, matrix)
                 del logits, gradient  # before the next chunk has its own
+            if made[0] is not None:
+                vocabulary.sum(made[0])
         as_given = (hidden.dtype, weight.dtype, weight.dtype)
         ctx.made = [None if one is None else one.to(dtype) for one, dtype in zip(made, as_given, strict=True)]
         ctx.mark_non_differentiable(nll, correct)
@@ -138,7 +146,21 @@ class _LinearHeadLoss(torch.autograd.Function):
             raise RuntimeError("the gradients of a head's loss are given away in its first backward pass")
         scale = grad_loss if ctx.unit is None else grad_loss * ctx.unit
         made, ctx.made = ctx.made, None
-        return (*(None if one is None else one.mul_(scale) for one in made), None, None, None, None)
+        return (*(None if one is None else one.mul_(scale) for one in made), None, None, None, None, None)
+
+
+def _exponentiate(logits: Tensor, targets: Tensor, objective: Objective) -> LogitSums:
+    """Turn logits ``[P, V]`` into exponentials of what each is above the highest, in place; what they were, in short.
+
+    Args:
+        logits: become the exponentials.
+        targets: ``int64 [P, 1]``.
+        objective: tells whether their sum is needed; else anything stands for it.
+    """
+    highest, likeliest = logits.max(-1, keepdim=True)
+    of_target = logits.gather(1, targets)
+    added = logits.sum(-1, keepdim=True) if objective.label_smoothing else of_target
+    return LogitSums(highest, likeliest, logits.sub_(highest).exp_().sum(-1, keepdim=True), of_target, added)
 
 
 def _accumulate(made: list[Tensor | None], part: slice, gradient: Tensor, inputs: Tensor, matrix: Tensor) -> None:
@@ -160,6 +182,11 @@ def _accumulate(made: list[Tensor | None], part: slice, gradient: Tensor, inputs
 def computes_bfloat16() -> bool:
     """Whether this CPU has instructions for it; matrix products are some thirty times slower than float32's if not."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _here(parameter: Tensor | None) -> Tensor | None:
+    """What is on this device of a head's parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _is_plain(head: nn.Module) -> bool:

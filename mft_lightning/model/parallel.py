@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from mft_lightning import ranks
 from mft_lightning.errors import UserError
 from mft_lightning.model.supervised_loss import SupervisedLM
-from mft_lightning.model.tensor_parallel import split_layer
+from mft_lightning.model.tensor_parallel import split_head, split_layer
 
 
 @dataclass(kw_only=True)
@@ -90,6 +90,8 @@ def shard(
             split_layer(layer, network.causal_lm.config.model_type, mesh["tensor_parallel"])
         fully_shard(layer, reshard_after_forward=settings.reshard_after_forward, **options)
     complete(network)
+    if settings.tensor_parallel_size > 1:
+        split_head(network.causal_lm, mesh["tensor_parallel"])
     fully_shard(network, **options)
     register_fsdp_forward_method(network, "generate")
 

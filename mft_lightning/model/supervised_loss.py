@@ -15,6 +15,7 @@ from mft_lightning.model.attention import packed_row_arguments
 from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.head_loss import head_loss
 from mft_lightning.model.objective import Objective
+from mft_lightning.model.vocabulary_parallel import VocabularyPart, is_shared
 
 # bytes of a chunk's float32 logits, by device (benchmarks/head_loss.py)
 LOGIT_BUDGETS = {"cpu": 128 * 2**20}
@@ -121,9 +122,12 @@ class SupervisedLM(nn.Module):
         ).last_hidden_state
 
     def _rows(self, device: torch.device) -> int:
-        """Tokens whose logits stand in memory at once."""
+        """Tokens whose logits stand in memory at once, of as many tokens of the vocabulary as are on this device."""
         budget = self.logit_budget or LOGIT_BUDGETS.get(device.type, LOGIT_BUDGET)
-        return max(1, budget // (4 * self.causal_lm.config.get_text_config().vocab_size))
+        head: Any = self._head
+        shared = is_shared(head)
+        width = VocabularyPart.of(head.weight).count if shared else self.causal_lm.config.get_text_config().vocab_size
+        return max(1, budget // (4 * width))
 
 
 def _no_loss(logits: Tensor) -> Tensor:

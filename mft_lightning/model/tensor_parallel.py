@@ -1,19 +1,21 @@
-"""One layer's matrices shared out over several devices: which are cut by columns, and which by rows.
+"""Matrices shared out over several devices: which are cut by columns, and which by rows.
 
 GPT-NeoX has its queries, keys and values in one matrix, interleaved head by head, so that a block of its columns is
 whole heads: attention goes on with the heads that are there. The matrix after each such block is cut by rows, and its
-products are added up over the devices; between the two nothing is communicated. Everything else (norms, embeddings,
-the head) is on every device of a group, sees the same values there and has the same gradients.
+products are added up over the devices; between the two nothing is communicated. The head is cut by rows of the
+vocabulary, for a loss that knows it (``vocabulary_parallel.py``). Everything else (norms, input embeddings) is on every
+device of a group, sees the same values there and has the same gradients.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mft_lightning.errors import UserError
 
@@ -61,3 +63,20 @@ def split_layer(layer: nn.Module, model_type: str, mesh: DeviceMesh) -> None:
         else:
             plan[name] = style()
     parallelize_module(layer, mesh, plan, src_data_rank=None)
+
+
+def is_head_cut(model: PreTrainedModel, size: int) -> bool:
+    """Whether so many devices share a model's head: a matrix of its own, of rows that they divide, without adapters."""
+    head: Any = model.get_output_embeddings()
+    tied = head.weight is cast(Any, model.get_input_embeddings()).weight
+    return type(head) is nn.Linear and not tied and head.out_features % size == 0
+
+
+def split_head(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Leave this device its rows of the head, in place, where it can be cut; every device has the whole head before.
+
+    A call of the head still gives all logits, gathered.
+    """
+    if is_head_cut(model, mesh.size()):
+        style = ColwiseParallel(output_layouts=Replicate())
+        parallelize_module(cast(nn.Module, model.get_output_embeddings()), mesh, style, src_data_rank=None)

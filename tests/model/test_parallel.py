@@ -9,7 +9,14 @@ from tests.integration import preloaded
 
 
 def test_a_sharded_network_on_two_ranks(tiny_model: Path) -> None:
-    words = ["tests/model/on_two_ranks.py", str(tiny_model)]
-    done = preloaded.run_on_ranks(2, words, {**os.environ, "PYTHONPATH": str(preloaded.ROOT)})
+    _run(2, "tests/model/on_two_ranks.py", str(tiny_model))
+
+
+def test_a_network_that_is_cut_and_sharded_on_four_ranks() -> None:
+    _run(4, "tests/model/on_four_ranks.py")
+
+
+def _run(ranks: int, *words: str) -> None:
+    done = preloaded.run_on_ranks(ranks, [*words], {**os.environ, "PYTHONPATH": str(preloaded.ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "all as before\n"
