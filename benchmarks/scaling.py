@@ -11,7 +11,7 @@ not. Memory is the highest private memory of any rank above what it had before t
 sends in a ring; elements are float32. From one and two processes come two constants, seconds per FLOP and per byte, and
 from these the four-process layouts are predicted. gloo carries a reduce-scatter as an all-reduce of the same size.
 
-``--estimate`` prints what the model (``benchmarks/cost_model.py``) says of GPUs. Nothing of that has been run.
+``--estimate`` prints what the model (``benchmarks/gpu_estimate.py``) says of GPUs. Nothing of that has been run.
 """
 
 import argparse
@@ -40,15 +40,14 @@ from benchmarks.cost_model import (
     FLOAT32,
     MODELS,
     Collective,
-    Hardware,
     Layout,
     Micro,
     Shape,
-    best,
     collectives,
     memory,
     step_flops,
 )
+from benchmarks.gpu_estimate import Hardware, best
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -219,7 +218,9 @@ def summed(layout: Layout, shape: Shape, ranks: list[dict[str, Any]], checkpoint
     for one in collectives(shape, layout, work[0][timed], FLOAT32):
         predicted[one.kind] += one.sent
     held = max(
-        sum(memory(shape, layout, micros, FLOAT32, logits(shape, micros)).values()) for rank in work for micros in rank
+        sum(memory(shape, layout, micros, FLOAT32, logits(shape, layout, micros)).values())
+        for rank in work
+        for micros in rank
     )
     return Measured(
         seconds=ranks[0]["seconds"],
@@ -237,8 +238,8 @@ def summed(layout: Layout, shape: Shape, ranks: list[dict[str, Any]], checkpoint
     )
 
 
-def logits(shape: Shape, micros: list[Micro]) -> float:
-    return min(128 * MIB, 4.0 * shape.vocabulary * max(micro.supervised for micro in micros))
+def logits(shape: Shape, layout: Layout, micros: list[Micro]) -> float:
+    return min(128 * MIB, 4.0 * shape.vocabulary / layout.tensor * max(micro.supervised for micro in micros))
 
 
 def as_carried(one: Collective) -> float:

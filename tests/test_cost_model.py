@@ -12,18 +12,16 @@ from benchmarks.cost_model import (
     FLOAT32,
     MODELS,
     Collective,
-    Hardware,
     Layout,
     Micro,
     Shape,
-    best,
     collectives,
     elements,
-    estimate,
     head_flops,
     layer_flops,
     memory,
 )
+from benchmarks.gpu_estimate import Hardware, best, estimate
 
 PUBLISHED = {
     "Pythia-1.4b": 1_414_647_808,
@@ -62,10 +60,12 @@ def test_a_ring_sends_an_all_reduce_twice() -> None:
     assert elements([(5, 3), (4, 1)], shards=4) == 8 * 3 + 4
 
 
-def test_tensor_parallel_devices_share_the_matrices_of_layers_and_nothing_else() -> None:
+def test_tensor_parallel_devices_share_the_matrices_of_layers_and_the_head() -> None:
     shape = MODELS["Pythia-1.4b"]
-    root = elements(shape.root_tensors())
-    assert (shape.parameters() - root) / 2 < shape.parameters(2) - root < 0.51 * (shape.parameters() - root)
+    layer, half = elements(shape.layer_tensors()), elements(shape.layer_tensors(2))
+    assert layer / 2 < half < 0.51 * layer
+    assert elements(shape.root_tensors()) - elements(shape.root_tensors(2)) == shape.vocabulary * shape.hidden / 2
+    assert shape.parameters(2) == shape.layers * half + elements(shape.root_tensors(2))
 
 
 def test_one_process_tells_nobody_anything() -> None:
