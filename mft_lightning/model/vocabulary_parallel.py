@@ -80,7 +80,7 @@ class VocabularyPart:
             return own
         mine = torch.cat([*own._replace(likeliest=own.likeliest + self.first)], dim=1)  # exact: tokens are < 2 ** 24
         parts = mine.new_empty(dist.get_world_size(self.group) * mine.numel())
-        dist.all_gather_into_tensor(parts, mine.flatten(), group=self.group)
+        dist.all_gather_single(parts, mine.flatten(), group=self.group)
         highest, likeliest, total, of_target, added = parts.view(-1, *mine.shape).unbind(-1)  # [parts, P] each
         top, where = highest.max(0)
         return LogitSums(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ def in_series(ranks: int, lines: list[list[str]], directory: Path, script: str =
     words = [f"tests/integration/{script}", str(directory / "commands.json")]
     done = preloaded.run_on_ranks(ranks, words, user_environment())
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not re.search(r"\wWarning: ", done.stderr), (
+        done.stderr
+    )  # of Python: that an option costs time, torch may say
     return done.stdout
 
 
