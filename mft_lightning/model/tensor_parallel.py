@@ -80,3 +80,36 @@ def split_head(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     if is_head_cut(model, mesh.size()):
         style = ColwiseParallel(output_layouts=Replicate())
         parallelize_module(cast(nn.Module, model.get_output_embeddings()), mesh, style, src_data_rank=None)
+
+
+def narrow_layer(layer: nn.Module, model_type: str, size: int) -> None:
+    """Leave of a sketched layer, in place, the shapes of what :func:`split_layer` leaves one device.
+
+    Args:
+        layer: a transformer layer on the meta device, with adapters or without.
+        model_type: of the model.
+        size: devices that share the layer.
+    """
+    for name, style in PLANS[model_type].items():
+        linear: Any = layer.get_submodule(name)
+        columns = style is ColwiseParallel
+        _narrow(linear, columns, size)
+        if hasattr(linear, "lora_A"):
+            _narrow(linear.base_layer, columns, size)
+            _narrow((linear.lora_B if columns else linear.lora_A)["default"], columns, size)
+
+
+def narrow_head(model: PreTrainedModel, size: int) -> None:
+    """Leave of a sketched model's head, in place, what :func:`split_head` leaves one device."""
+    if is_head_cut(model, size):
+        _narrow(model.get_output_embeddings(), True, size)
+
+
+def _narrow(linear: Any, columns: bool, size: int) -> None:
+    """Cut a layer's weight, and by columns its bias too; an adapter's wrapper has widths alone."""
+    width = "out_features" if columns else "in_features"
+    setattr(linear, width, getattr(linear, width) // size)
+    for name, whole in list(linear.named_parameters(recurse=False)):
+        if columns or name == "weight":
+            part = whole.detach().chunk(size, 0 if columns else 1)[0]
+            setattr(linear, name, nn.Parameter(part, requires_grad=whole.requires_grad))

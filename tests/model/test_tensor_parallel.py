@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from transformers import GPT2Config, GPTNeoXConfig, PretrainedConfig
 
 from mft_lightning.errors import UserError
 from mft_lightning.model.tensor_parallel import check_tensor_parallel
+from tests.integration import preloaded
 
 NEOX = GPTNeoXConfig(hidden_size=48, num_attention_heads=6, intermediate_size=100)
 
@@ -27,3 +30,10 @@ def test_what_cannot_be_cut_is_refused(config: PretrainedConfig, size: int, mess
 def test_one_device_cuts_nothing() -> None:
     check_tensor_parallel(GPT2Config(), 1)
     check_tensor_parallel(NEOX, 2)
+
+
+def test_a_narrowed_sketch_has_the_shapes_of_one_device() -> None:
+    words = ["tests/model/split_on_two_ranks.py"]
+    done = preloaded.run_on_ranks(2, words, {**os.environ, "PYTHONPATH": str(preloaded.ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "the same shapes\n"
