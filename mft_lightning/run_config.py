@@ -42,6 +42,13 @@ class RunConfig(LightningCLI):
 
     datamodule: MFTDataModule
     model: MFTModule
+    # what count_devices takes
+    device_keys: tuple[str, ...] = (
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.num_nodes",
+        "parallel.tensor_parallel_size",
+    )
 
     def __init__(self, argv: list[str], prog: str, extra: dict[str, dict[str, Any]] | None = None) -> None:
         self.extra = extra or {}
@@ -86,7 +93,7 @@ class RunConfig(LightningCLI):
         parser.link_arguments("evaluation.max_conversations_per_task", "data.max_evaluation_conversations")
         parser.link_arguments("evaluation.exclude_tasks", "data.exclude_tasks")
         parser.link_arguments(
-            ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "parallel.tensor_parallel_size"),
+            self.device_keys,
             "data.devices",
             compute_fn=self.count_devices,
         )

@@ -23,7 +23,7 @@ def estimate(argv: list[str]) -> None:
     memory = run.config["device_memory"]
     if memory is not None and not memory > 0:
         raise UserError(f"--device-memory: {memory:g} is no number above 0. Give the GiB that a device has, like 80.")
-    run.model.check(run.datamodule)
+    run.model.check(run.datamodule, run.settings.parallel.tensor_parallel_size)
     setup = run.step()
     moments, found = moments_of_step(setup), changes(run, setup)
     with reader_may_leave():
@@ -44,6 +44,7 @@ def as_object(setup: StepSetup, moments: list[Moment], found: list[Change], memo
         "fits": None if memory is None else peak.total <= memory * GIB,
         "moments": {moment.name: moment.parts for moment in moments},
         "devices": setup.devices,
+        "tensor_parallel_size": setup.parallel.tensor_parallel_size,
         "device": setup.device,
         "strategy": setup.sharing,
         "precision": setup.precision,
@@ -61,6 +62,8 @@ def _say_step(run: PlannedRun, setup: StepSetup) -> None:
     rows = "packed end to end" if setup.packed else "in padded rows"
     source = "data.seq_length; --length if they are shorter" if run.config["length"] is None else "--length"
     named = "one device" if setup.sharing == "one device" else f"{setup.devices} devices, {setup.sharing}"
+    if (size := setup.parallel.tensor_parallel_size) > 1:
+        named += f", each layer shared by {size}"
     lines = [
         ("model", f"{run.model.source.path}, {run.model.peft_type or 'full'}"),
         ("devices", f"{named}, {setup.device}, precision {setup.precision}"),

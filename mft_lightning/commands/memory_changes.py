@@ -14,6 +14,7 @@ from mft_lightning.model.memory import peak
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.step_setup import StepSetup
+from mft_lightning.model.tensor_parallel import can_split
 from mft_lightning.training.trainer import weights_dtype
 
 SHORTEST = 256  # tokens below which to cut conversations is no advice
@@ -67,20 +68,20 @@ def changes(run: PlannedRun, setup: StepSetup) -> list[Change]:
 
 
 def _step_keys(run: PlannedRun, setup: StepSetup, changed: StepSetup) -> dict[str, Any]:
-    """Keys by which a step holds as many conversations as before, where micro-batches or devices are others."""
+    """Keys by which a step holds as many conversations as before, where micro-batches or groups are others."""
     data = run.config["data"]
-    if (setup.devices, setup.conversations) == (changed.devices, changed.conversations):
+    if (setup.data_parallel_size, setup.conversations) == (changed.data_parallel_size, changed.conversations):
         return {}
     if data["gradient_accumulation_steps"] is not None:
         return {"data.gradient_accumulation_steps": changed.micro_batches}
     if data["total_train_batch_size"] is None and data["total_train_batch_tokens"] is None:
-        return {"data.total_train_batch_size": run.batch_sizes.total}
+        return {"data.total_train_batch_size": run.datamodule.batch_sizes.total}
     return {}
 
 
 def _candidates(run: PlannedRun, setup: StepSetup) -> Iterator[_Candidate]:
     """What there is to try, whether it saves anything or not; what learns the same can be applied one after another."""
-    module, sizes = run.model, run.batch_sizes
+    module, sizes = run.model, run.datamodule.batch_sizes
     yield _Candidate({"model.checkpoint_activations": True}, _with(checkpoint_activations=True), same=True)
     if module.source.attn_implementation == "eager":
         sdpa = run.network(attn_implementation="sdpa")
@@ -105,19 +106,29 @@ def _candidates(run: PlannedRun, setup: StepSetup) -> Iterator[_Candidate]:
 
 def _sharing(run: PlannedRun, setup: StepSetup) -> Iterator[_Candidate]:
     """Weights shared out over devices, or over more of them."""
-    sizes, more = run.batch_sizes, 2 * setup.devices
+    sizes, more = run.datamodule.batch_sizes, 2 * setup.devices
+    keys: dict[str, Any]
     if setup.sharing == "fsdp":
-        for key, value in (("reshard_after_forward", True), ("cpu_offload", True)):
-            changed = replace(setup.parallel, **{key: value})
-            yield _Candidate({f"parallel.{key}": value}, _with(parallel=changed), same=True)
+        for key in ("reshard_after_forward", "cpu_offload"):
+            yield _Candidate({f"parallel.{key}": True}, _with_options(**{key: True}), same=True)
         over = _with(devices=more)
         yield _Candidate({"trainer.devices": more}, lambda step: batched(sizes, over(step)), same=True)
+        wider = 2 * setup.parallel.tensor_parallel_size
+        if setup.devices % wider == 0 and can_split(setup.network.causal_lm.config, wider):
+            shared = _with_options(tensor_parallel_size=wider)
+            keys = {"parallel.tensor_parallel_size": wider}
+            yield _Candidate(keys, lambda step: batched(sizes, shared(step)), same=True)
         return
-    keys: dict[str, Any] = {"trainer.strategy": "fsdp"}
+    keys = {"trainer.strategy": "fsdp"}
     if setup.devices == 1:
         keys["trainer.devices"] = more
     over = _with(sharing="fsdp", devices=max(2, setup.devices), parallel=ParallelSettings())
     yield _Candidate(keys, lambda step: batched(sizes, over(step)), same=True)
+
+
+def _with_options(**changed: Any) -> Callable[[StepSetup], StepSetup]:
+    """Options of fsdp; the others stay as the step has them."""
+    return lambda step: replace(step, parallel=replace(step.parallel, **changed))
 
 
 def _with(**changed: Any) -> Callable[[StepSetup], StepSetup]:

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from mft_lightning.data.batch_sizes import BatchSizes, derive_batch_sizes
-from mft_lightning.errors import NotYetError, UserError
+from mft_lightning.data.batch_sizes import BatchSizes
+from mft_lightning.errors import UserError
 from mft_lightning.model.build import load_config
+from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.step_setup import Sharing, StepSetup, meta_network
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.run_config import RunConfig
-from mft_lightning.training.layout import Layout, find_layout
+from mft_lightning.training.layout import Layout, data_parallel_size, find_layout
 from mft_lightning.training.strategies import make_strategy
 
 EXTRA: dict[str, dict[str, Any]] = {
@@ -40,16 +41,22 @@ class PlannedRun(RunConfig):
     def __init__(self, argv: list[str]) -> None:
         super().__init__(argv, "estimate", EXTRA)
 
+    device_keys = (*RunConfig.device_keys, "devices")
+
     @staticmethod
-    def count_devices(accelerator: Any, devices: Any, num_nodes: int, tensor_parallel_size: int) -> int:
-        """As many as are asked for, where they are not here."""
-        if tensor_parallel_size != 1:
-            key = "parallel.tensor_parallel_size"
-            raise NotYetError(key, tensor_parallel_size, "estimate counts without it; leave it out.")
+    def count_devices(
+        accelerator: Any, devices: Any, num_nodes: int, tensor_parallel_size: int, planned: int | None = None
+    ) -> int:
+        """Of as many as are asked for, where they are not here; ``--devices`` stands for all of them."""
+        if planned is not None:
+            if planned < 1:
+                raise UserError(f"--devices: {planned} is less than 1.")
+            return data_parallel_size(Layout(planned, planned, 1), tensor_parallel_size)
         try:
-            return find_layout(accelerator, devices, num_nodes).total
+            layout = find_layout(accelerator, devices, num_nodes)
         except UserError:
-            return find_layout("cpu", devices, num_nodes).total  # of which there are always enough
+            layout = find_layout("cpu", devices, num_nodes)  # of which there are always enough
+        return data_parallel_size(layout, tensor_parallel_size)
 
     def place(self, keys: dict[str, Any]) -> dict[str, Any]:
         """As they are, if a strategy can be made of them; nothing runs."""
@@ -60,11 +67,7 @@ class PlannedRun(RunConfig):
     @property
     def devices(self) -> int:
         """That share a step."""
-        asked = self.config["devices"]
-        devices = self.datamodule.devices if asked is None else asked
-        if devices < 1:
-            raise UserError(f"--devices: {devices} is less than 1.")
-        return devices
+        return self.datamodule.devices * self.settings.parallel.tensor_parallel_size
 
     @property
     def length(self) -> int:
@@ -74,18 +77,6 @@ class PlannedRun(RunConfig):
         if not 2 <= length <= most:
             raise UserError(f"--length: {length} is no number from 2 to data.seq_length, {most}.")
         return length
-
-    @property
-    def batch_sizes(self) -> BatchSizes:
-        """Of the devices there are to be."""
-        data = self.config["data"]
-        return derive_batch_sizes(
-            data["total_train_batch_size"],
-            data["per_device_train_batch_size"],
-            data["gradient_accumulation_steps"],
-            devices=self.devices,
-            tokens=data["total_train_batch_tokens"],
-        )
 
     def step(self) -> StepSetup:
         """What decides the memory of a step.
@@ -97,7 +88,7 @@ class PlannedRun(RunConfig):
         setup = StepSetup(
             network=self.network(),
             precision=str(keys["precision"] or "32-true"),
-            sharing=_sharing(keys["strategy"], self.devices),
+            sharing=_sharing(keys["strategy"], self.devices, self.settings.parallel),
             devices=self.devices,
             parallel=self.settings.parallel,
             checkpoint_activations=module.checkpoint_activations,
@@ -107,7 +98,7 @@ class PlannedRun(RunConfig):
             micro_batches=1,
             device=_device(self.config["device"], keys["accelerator"]),
         )
-        return batched(self.batch_sizes, setup)
+        return batched(self.datamodule.batch_sizes, setup)
 
     @property
     def takes_adapters(self) -> bool:
@@ -130,16 +121,18 @@ class PlannedRun(RunConfig):
 
 
 def batched(sizes: BatchSizes, setup: StepSetup) -> StepSetup:
-    """A setup with the micro-batches that its devices get of a step, all of whose conversations are as long."""
+    """A setup with the micro-batches that its groups get of a step, all of whose conversations are as long."""
     total = sizes.total if sizes.tokens is None else max(1, sizes.tokens // setup.length)
     assert total is not None
-    micro_batches = sizes.micro_batches(total, setup.devices)
-    conversations = sizes.per_device or -(-total // (setup.devices * micro_batches))
+    micro_batches = sizes.micro_batches(total, setup.data_parallel_size)
+    conversations = sizes.per_device or -(-total // (setup.data_parallel_size * micro_batches))
     return replace(setup, micro_batches=micro_batches, conversations=conversations)
 
 
-def _sharing(strategy: Any, devices: int) -> Sharing:
+def _sharing(strategy: Any, devices: int, settings: ParallelSettings) -> Sharing:
     if strategy == "auto":
+        if settings.tensor_parallel_size > 1:
+            return "fsdp"
         return "ddp" if devices > 1 else "one device"
     if strategy in ("ddp", "fsdp"):
         return strategy

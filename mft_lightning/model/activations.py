@@ -49,13 +49,13 @@ def kept_by_layer(layer: nn.Module, config: PretrainedConfig, how: Computation) 
     """
     parts: Any = layer
     attention, mlp = parts.attention, parts.mlp
-    hidden, inner, product = config.hidden_size, config.intermediate_size, how.product
+    hidden, inner, product = config.hidden_size, mlp.dense_h_to_4h.out_features, how.product
     norms = 2
     kept: dict[str, float] = {
         "hidden_states": hidden * (4 * norms if how.norms_cast else how.stream),
         "mean and deviation of the norms": 2 * norms * STATISTIC,
         "input of query_key_value": _linear_input(attention.query_key_value, how),
-        **_attention(config, how),
+        **_attention(attention.query_key_value.out_features // 3, config, how),
         "input of dense": _linear_input(attention.dense, how),
         "input of dense_h_to_4h": _linear_input(mlp.dense_h_to_4h, how),
         "in the activation function": inner * product * saved_tensors(mlp.act),
@@ -68,16 +68,22 @@ def kept_by_layer(layer: nn.Module, config: PretrainedConfig, how: Computation) 
     return kept
 
 
-def _attention(config: PretrainedConfig, how: Computation) -> dict[str, float]:
-    """What attention keeps beside its linear layers' inputs, in bytes per token."""
-    hidden, heads, product = config.hidden_size, config.num_attention_heads, how.product
+def _attention(width: int, config: PretrainedConfig, how: Computation) -> dict[str, float]:
+    """What attention keeps beside its linear layers' inputs, in bytes per token.
+
+    Args:
+        width: of the queries that are here: those of all heads, or of this device's.
+        config: of the model.
+        how: the layer computes.
+    """
+    heads, product = heads_within(width, config), how.product
     dropout = bool(config.attention_dropout)
     pairs = heads * how.length
-    kept: dict[str, float] = {"query, key, value": 3 * hidden * product, "rotated query, key": 2 * hidden * product}
+    kept: dict[str, float] = {"query, key, value": 3 * width * product, "rotated query, key": 2 * width * product}
     eager = config._attn_implementation == "eager"
     unfused = eager or (dropout and how.device == "cpu")  # scaled_dot_product_attention has no fused dropout there
     if unfused and how.rows > 1:  # value is copied out of what query_key_value gave
-        kept["query, key, value"] = hidden * product
+        kept["query, key, value"] = width * product
     if eager:
         kept["attention weights in float32"] = pairs * 4
         if product != 4 or dropout:
@@ -87,7 +93,12 @@ def _attention(config: PretrainedConfig, how: Computation) -> dict[str, float]:
         return kept
     if unfused:
         return {**kept, "attention weights, their mask, both multiplied": 3 * pairs * product}
-    return {**kept, "output of attention": hidden * product, "log-sum-exp of the scores": heads * STATISTIC}
+    return {**kept, "output of attention": width * product, "log-sum-exp of the scores": heads * STATISTIC}
+
+
+def heads_within(width: int, config: PretrainedConfig) -> int:
+    """Attention heads whose queries are so wide together."""
+    return width * config.num_attention_heads // config.hidden_size
 
 
 def _linear_input(linear: Any, how: Computation) -> float:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
-from mft_lightning.model.activations import Computation, kept_by_layer
+from mft_lightning.model.activations import Computation, heads_within, kept_by_layer
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.head_loss import computes_bfloat16
 from mft_lightning.model.parallel import transformer_layers
@@ -55,12 +55,13 @@ class _Step:
 
     def __init__(self, setup: StepSetup) -> None:
         self.setup = setup
-        network = setup.network
+        network = self.network = setup.group_member()
         layers = transformer_layers(network)
-        self.config, self.layer, self.layers = network.causal_lm.config, layers[0], len(layers)
-        self.head = cast(nn.Module, network.causal_lm.get_output_embeddings())
+        self.config, self.layer, self.layers = network.causal_lm.config, cast(Any, layers[0]), len(layers)
+        self.head: Any = network.causal_lm.get_output_embeddings()
         self.several = setup.micro_batches > 1
         self.fsdp = setup.sharing == "fsdp"
+        self.communicates = self.fsdp and setup.data_parallel_size > 1
         self.again = setup.checkpoint_activations
         self.mixed = setup.precision.endswith("-mixed")
         # bytes of an element
@@ -77,7 +78,7 @@ class _Step:
         self.head_trained_numel = _numel(_trained(self.head))
         # a share of what is held for the whole step; offloaded, it is not on the device
         offloaded = setup.parallel.cpu_offload and setup.device == "cuda"
-        self.share = 0.0 if self.fsdp and offloaded else 1 / setup.devices if self.fsdp else 1.0
+        self.share = 0.0 if self.fsdp and offloaded else 1 / setup.data_parallel_size if self.fsdp else 1.0
 
     def moments(self) -> list[Moment]:
         """In the order of a step; FSDP2's gathering at the beginning of one, and DDP's second step, are their own."""
@@ -101,14 +102,14 @@ class _Step:
 
     def _forward_begins(self) -> dict[str, float]:
         """FSDP2 gathers the root, then the first layer, each into a buffer from which it is copied out."""
-        gathered = 2 * (self.root_numel + self.layer_numel) * self.used
+        gathered = (2 if self.communicates else 1) * (self.root_numel + self.layer_numel) * self.used
         return {"gathered weights": gathered, "gradients": self._unreduced()}
 
     def _at_loss(self) -> dict[str, float]:
         """The last micro-batch's activations are all there, and a chunk of its logits."""
         return {
             "weights": self._casts(0 if self.again else self.layers),
-            "gathered weights": self._gathered(2),
+            "gathered weights": self._gathered(0, coming=2),
             "gradients": self._before_backward(),
             "activations": self._kept() + 2 * self._hidden_states(),  # the last norm's input, and what it gave
             "loss": self._loss(),
@@ -118,7 +119,7 @@ class _Step:
         """In the last layer, its activations computed again where they were not kept."""
         return {
             "weights": self._casts(1 if self.again else self.layers),
-            "gathered weights": self._gathered(3),
+            "gathered weights": self._gathered(1, coming=2),
             "gradients": self._before_backward() + self._new_gradients(self.head_trained_numel),
             "activations": self._kept() + self._recomputed() + self._in_backward(),
         }
@@ -139,7 +140,7 @@ class _Step:
             in_embedding = self.trained_numel * self.held
         first = {
             "weights": self._casts(1),
-            "gathered weights": self._gathered(2),
+            "gathered weights": self._gathered(1, coming=1),
             "gradients": in_layer,
             "activations": self._layer() + self._in_backward(),
         }
@@ -151,7 +152,7 @@ class _Step:
         trained = self.trained_numel * self.held * self.share
         if self.setup.device == "cuda":
             return {"gradients": trained, "optimizer": trained}
-        sizes = [parameter.numel() * self.held * self.share for parameter in _trained(self.setup.network)]
+        sizes = [parameter.numel() * self.held * self.share for parameter in _trained(self.network)]
         pairs = zip(sizes, [0, *sizes], strict=False)  # two of a weight, and that of the weight before
         return {"gradients": trained, "optimizer": max((2 * size + before for size, before in pairs), default=0)}
 
@@ -177,21 +178,31 @@ class _Step:
     def _reducing_root(self, rest_numel: int) -> float:
         """FSDP2's whole gradients of the root (of several micro-batches their sum), and the buffer for the others'.
 
-        On a CPU gloo copies the buffer again, before the gradient of the embedding is let go.
+        On a CPU gloo copies the buffer again, before the gradient of the embedding is let go. A single group copies it
+        to the place of what several would reduce it to, and has let go of all gradients by then.
 
         Args:
             rest_numel: of the root without the head.
         """
         root, summed = self.root_trained_numel, self.reduced if self.several else self.used
         copied = root * (summed + self.reduced)
+        if not self.communicates:
+            return max(copied, 2 * root * self.reduced)
         if self.setup.device != "cpu":
             return copied
-        return max(copied, rest_numel * summed + root * self.reduced * (2 + 1 / self.setup.devices))
+        shares = 2 + 1 / self.setup.data_parallel_size
+        return max(copied, rest_numel * summed + root * self.reduced * shares)
 
-    def _gathered(self, layers: int) -> float:
-        """FSDP2's whole weights: the root's, and those of layers, the buffers they come in counted as such."""
+    def _gathered(self, layers: int, coming: int) -> float:
+        """FSDP2's whole weights: the root's, and those of layers.
+
+        Args:
+            layers: whose weights are there.
+            coming: as many again, as the buffers that they come in; a single group copies its weights without such.
+        """
         if not self.fsdp:
             return 0
+        layers += coming if self.communicates else 0
         if not self.setup.parallel.reshard_after_forward:
             layers = self.layers + 1
         return (self.root_numel + layers * self.layer_numel) * self.used
@@ -242,18 +253,19 @@ class _Step:
         those of all scores, of which the MLP's activations are gone by then.
         """
         tokens, config = self.setup.tokens, self.config
-        inner = tokens * config.intermediate_size * self.product
+        inner = tokens * self.layer.mlp.dense_h_to_4h.out_features * self.product
         made = inner
         if config._attn_implementation == "eager":
             row = tokens if self.setup.packed else self.setup.length
-            made = max(made, 2 * tokens * config.num_attention_heads * row * 4 - 2 * inner)
-        if self.again and has_adapters(self.setup.network.model):
+            heads = heads_within(self.layer.attention.query_key_value.out_features // 3, config)
+            made = max(made, 2 * tokens * heads * row * 4 - 2 * inner)
+        if self.again and has_adapters(self.network.model):
             made += 4 * tokens * config.hidden_size * self.product  # what adapters add to, and to what they are added
         return self._hidden_states() + made
 
     def _loss(self) -> float:
         """The head's inputs and their gradients, its own gradient, and a chunk of logits that become theirs."""
-        setup, vocabulary, hidden = self.setup, self.config.vocab_size, self.config.hidden_size
+        setup, vocabulary, hidden = self.setup, self.head.out_features, self.config.hidden_size
         computed = self.product
         if setup.device == "cpu" and computed == 2 and not computes_bfloat16():
             computed = 4

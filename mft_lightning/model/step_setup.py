@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -9,9 +10,10 @@ from typing import Literal
 from mft_lightning.errors import UserError
 from mft_lightning.model.build import ModelSource, load_config, model_options
 from mft_lightning.model.lora import add_lora
-from mft_lightning.model.parallel import ParallelSettings
+from mft_lightning.model.parallel import ParallelSettings, transformer_layers
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM
+from mft_lightning.model.tensor_parallel import narrow_head, narrow_layer
 from mft_lightning.model.weights import sketch
 
 Sharing = Literal["one device", "ddp", "fsdp"]
@@ -22,7 +24,7 @@ class StepSetup:
     """What decides how much memory a step needs.
 
     Attributes:
-        network: on the meta device, of :func:`meta_network`.
+        network: whole, on the meta device, of :func:`meta_network`.
         precision: ``trainer.precision``.
         sharing: how the devices share the work.
         devices: that do.
@@ -31,7 +33,7 @@ class StepSetup:
         conversations: of a micro-batch.
         length: tokens of each; all but the first are taken to be supervised.
         packed: whether they stand in one row.
-        micro_batches: of each device's share of a step.
+        micro_batches: of each group's share of a step.
         device: "cpu" or "cuda".
     """
 
@@ -51,6 +53,21 @@ class StepSetup:
     def tokens(self) -> int:
         """Of a micro-batch."""
         return self.conversations * self.length
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Groups of devices that share out the data; a group is one device, or those that share each layer."""
+        return self.devices // self.parallel.tensor_parallel_size
+
+    def group_member(self) -> SupervisedLM:
+        """The network with what one device of a group has of it, before it is sharded over the groups."""
+        if (size := self.parallel.tensor_parallel_size) == 1:
+            return self.network
+        network = copy.deepcopy(self.network)
+        for layer in transformer_layers(network):
+            narrow_layer(layer, network.causal_lm.config.model_type, size)
+        narrow_head(network.causal_lm, size)
+        return network
 
 
 def meta_network(

@@ -45,6 +45,15 @@ def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
             raise UserError(f"{KEY}: {size} does not divide the model's {name} ({value}).")
 
 
+def can_split(config: PretrainedConfig, size: int) -> bool:
+    """Whether a model can be shared out so."""
+    try:
+        check_tensor_parallel(config, size)
+    except UserError:
+        return False
+    return True
+
+
 def split_layer(layer: nn.Module, model_type: str, mesh: DeviceMesh) -> None:
     """Leave this device its part of a layer's matrices, in place; every device has the whole layer before.
 

@@ -76,6 +76,7 @@ def test_the_parts_add_up_and_every_change_saves_what_it_says(estimate: Estimate
         ("--data.total_train_batch_size", "null", "--data.gradient_accumulation_steps", "2"),
         ("--data.total_train_batch_size", "null"),
         ("--trainer.devices", "4", "--trainer.strategy", "fsdp", "--parallel.reshard_after_forward", "false"),
+        ("--trainer.devices", "4", "--trainer.strategy", "fsdp", "--parallel.tensor_parallel_size", "2"),
         ("--trainer.devices", "2", "--model.attn_implementation", "eager", "--data.padding_mode", "padding"),
         ("--data.total_train_batch_size", "null", "--data.total_train_batch_tokens", "16384"),
     ],
@@ -95,6 +96,19 @@ def test_devices_need_not_be_here(estimate: Estimate) -> None:
         assert many["moments"]["optimizer"][part] < few["moments"]["optimizer"][part] / 7
 
 
+def test_devices_that_share_layers_hold_a_part_of_them_and_of_the_head(estimate: Estimate) -> None:
+    words = ("--device", "cuda", "--devices", "8", "--trainer.strategy", "fsdp")
+    words += ("--data.per_device_train_batch_size", "4")
+    whole, shared = (json.loads(estimate("--json", *words, "--parallel.tensor_parallel_size", n)) for n in ("1", "2"))
+    assert (whole["tensor_parallel_size"], shared["tensor_parallel_size"]) == (1, 2)
+    assert shared["devices"] == whole["devices"] == 8
+    assert shared["micro_batches"] * shared["conversations"] == 2 * whole["micro_batches"] * whole["conversations"]
+    gathered = [found["moments"]["forward begins"]["gathered weights"] for found in (whole, shared)]
+    assert 0.5 < gathered[1] / gathered[0] < 0.95
+    change = next(one for one in whole["changes"] if "parallel.tensor_parallel_size" in one["keys"])
+    assert change["same"] and "each layer shared by 2" in estimate(*words, *as_words(change["keys"]))
+
+
 def test_shorter_conversations_need_less(estimate: Estimate) -> None:
     whole, half = (json.loads(estimate("--json", "--length", length)) for length in ("512", "256"))
     assert half["peak"] < 0.6 * whole["peak"] and half["length"] == 256
@@ -112,6 +126,14 @@ def test_shorter_conversations_need_less(estimate: Estimate) -> None:
         (
             ("--trainer.strategy.class_path", "lightning.pytorch.strategies.DDPStrategy"),
             "trainer.strategy: what DDPStrategy needs is not known. Estimate with ddp or fsdp.",
+        ),
+        (
+            ("--parallel.tensor_parallel_size", "2", "--devices", "3"),
+            "parallel.tensor_parallel_size: 2 does not divide the 3 device(s)",
+        ),
+        (
+            ("--parallel.tensor_parallel_size", "3", "--devices", "6"),
+            "parallel.tensor_parallel_size: 3 does not divide the model's num_attention_heads",
         ),
         (("--data.seq_length", "1024"), "data.seq_length: 1024 is more than the 512 positions"),
         (("--data.seq_lenght", "5"), "data.seq_lenght: there is no such key. The nearest is data.seq_length."),
