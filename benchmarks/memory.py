@@ -55,10 +55,15 @@ def model(hidden: int, layers: int, vocabulary: int, **changed: Any) -> dict[str
     return sizes | {"num_hidden_layers": layers, "vocab_size": vocabulary, "max_position_embeddings": 2048} | changed
 
 
+def on(devices: int) -> dict[str, str]:
+    return keys(trainer__devices=devices)
+
+
 LORA = keys(model__peft_type="lora", model__lora__r=16)
 AGAIN = keys(model__checkpoint_activations=True)
 PADDED = keys(data__padding_mode="padding")
 DDP, FSDP = keys(trainer__strategy="ddp"), keys(trainer__strategy="fsdp")
+TENSOR = FSDP | keys(parallel__tensor_parallel_size=2)
 TRUE, MIXED = keys(trainer__precision="bf16-true"), keys(trainer__precision="bf16-mixed")
 SMALL, MIDDLE, LARGE = model(256, 4, FEW), model(512, 6, MANY), model(768, 12, MANY)
 # name -> the model's configuration, keys
@@ -97,6 +102,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "512 x 6, fsdp 2, lora": (MIDDLE, batch(4, 512, 1, 2) | FSDP | LORA),
     "512 x 6, fsdp 2, bf16-mixed": (MIDDLE, batch(4, 512, 1, 2) | FSDP | MIXED),
     "512 x 6, fsdp 2, bf16-true": (MIDDLE, batch(4, 512, 1, 2) | FSDP | TRUE),
+    "512 x 6, tensor 2": (MIDDLE, batch(4, 512) | TENSOR | on(2)),
+    "512 x 6, tensor 2, few tokens": (MIDDLE, batch(1, 64) | TENSOR | on(2)),
+    "512 x 6, tensor 2, activations again, 2 micro-batches": (MIDDLE, batch(8, 512, 2) | TENSOR | on(2) | AGAIN),
+    "512 x 6, tensor 2, lora": (MIDDLE, batch(4, 512) | TENSOR | on(2) | LORA),
+    "512 x 6, fsdp 2 x tensor 2": (MIDDLE, batch(2, 512, 1, 2) | TENSOR | on(4)),
     "768 x 12, few tokens": (LARGE, batch(1, 256)),
     "768 x 12, packed": (LARGE, batch(2, 1024)),
     "768 x 12, activations again": (LARGE, batch(4, 1024) | AGAIN),

@@ -13,19 +13,36 @@ from typing import Any, cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mft_lightning.errors import UserError
 
 KEY = "parallel.tensor_parallel_size"
-PLANS: dict[str, dict[str, type[ColwiseParallel] | type[RowwiseParallel]]] = {
+
+
+class WaitedRows(RowwiseParallel):
+    """Cut by rows, its sum over the devices waited for at once.
+
+    Left to whoever reads it first, a sum that nobody reads is kept by torch until the process ends: that of attention
+    is made again for each layer's backward under activation checkpointing, which stops before it is read.
+    """
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: DTensor, device_mesh: DeviceMesh
+    ) -> Any:
+        outputs = outputs.redistribute(placements=output_layouts)
+        return outputs.to_local() if use_local_output else outputs
+
+
+PLANS: dict[str, dict[str, type[ColwiseParallel] | type[WaitedRows]]] = {
     "gpt_neox": {
         "attention.query_key_value": ColwiseParallel,
-        "attention.dense": RowwiseParallel,
+        "attention.dense": WaitedRows,
         "mlp.dense_h_to_4h": ColwiseParallel,
-        "mlp.dense_4h_to_h": RowwiseParallel,
+        "mlp.dense_4h_to_h": WaitedRows,
     }
 }
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.memory import AGAIN, FEW, FSDP, LORA, batch, compare, model
+from benchmarks.memory import AGAIN, FEW, FSDP, LORA, TENSOR, batch, compare, model, on
 
 CASES = {
     "lora, activations again": batch(16, 256) | LORA | AGAIN,
     "fsdp": batch(4, 256, 2, 2) | FSDP,
+    "tensor 2, activations again": batch(8, 512, 2) | TENSOR | on(2) | AGAIN,
 }
 
 
