@@ -76,6 +76,7 @@ class _Step:
         self.root_numel = self.numel - self.layers * self.layer_numel
         self.root_trained_numel = self.trained_numel - self.layers * self.layer_trained_numel
         self.head_trained_numel = _numel(_trained(self.head))
+        self.root_last_numel = _trained(network)[-1].numel() if self.root_trained_numel else 0
         # a share of what is held for the whole step; offloaded, it is not on the device
         offloaded = setup.parallel.cpu_offload and setup.device == "cuda"
         self.share = 0.0 if self.fsdp and offloaded else 1 / setup.data_parallel_size if self.fsdp else 1.0
@@ -131,7 +132,7 @@ class _Step:
             sharded = self.layers * self.layer_trained_numel * self.held * self.share
             earlier = self.root_trained_numel * self.reduced if self.several else 0
             in_layer = sharded + earlier + self._new_gradients(of_head)
-            in_embedding = sharded + self._reducing_root(of_rest)
+            in_embedding = sharded + self._reducing_root()
         elif self.several or self.setup.sharing == "ddp":  # all are there, and one is made that is added or copied
             in_layer = self.trained_numel * self.held + self._new_gradients(0)
             in_embedding = (self.trained_numel + of_rest) * self.held
@@ -175,14 +176,11 @@ class _Step:
             return max(map(_numel_of, _trained(self.layer)), default=0) * self.held
         return (head_numel + self.layer_trained_numel) * self.held
 
-    def _reducing_root(self, rest_numel: int) -> float:
+    def _reducing_root(self) -> float:
         """FSDP2's whole gradients of the root (of several micro-batches their sum), and the buffer for the others'.
 
-        On a CPU gloo copies the buffer again, before the gradient of the embedding is let go. A single group copies it
-        to the place of what several would reduce it to, and has let go of all gradients by then.
-
-        Args:
-            rest_numel: of the root without the head.
+        On a CPU gloo copies the buffer again, before the gradient of the root's last weight, most often the head's, is
+        let go. A single group copies it to the place of what several would reduce it to, with all gradients gone.
         """
         root, summed = self.root_trained_numel, self.reduced if self.several else self.used
         copied = root * (summed + self.reduced)
@@ -191,7 +189,7 @@ class _Step:
         if self.setup.device != "cpu":
             return copied
         shares = 2 + 1 / self.setup.data_parallel_size
-        return max(copied, rest_numel * summed + root * self.reduced * shares)
+        return max(copied, self.root_last_numel * summed + root * self.reduced * shares)
 
     def _gathered(self, layers: int, coming: int) -> float:
         """FSDP2's whole weights: the root's, and those of layers.
