@@ -23,10 +23,10 @@ KEY = "parallel.tensor_parallel_size"
 
 
 class WaitedRows(RowwiseParallel):
-    """Cut by rows, its sum over the devices waited for at once.
+    """Cut by rows, its sum over the devices waited for at once: for layers that are computed again.
 
-    Left to whoever reads it first, a sum that nobody reads is kept by torch until the process ends: that of attention
-    is made again for each layer's backward under activation checkpointing, which stops before it is read.
+    Elsewhere attention's sum goes on beside the MLP that does not read it. But a sum that nobody ever reads is kept by
+    torch until the process ends, and so is attention's of a layer that is computed again, which stops before.
     """
 
     @staticmethod
@@ -37,12 +37,12 @@ class WaitedRows(RowwiseParallel):
         return outputs.to_local() if use_local_output else outputs
 
 
-PLANS: dict[str, dict[str, type[ColwiseParallel] | type[WaitedRows]]] = {
+PLANS: dict[str, dict[str, type[ColwiseParallel] | type[RowwiseParallel]]] = {
     "gpt_neox": {
         "attention.query_key_value": ColwiseParallel,
-        "attention.dense": WaitedRows,
+        "attention.dense": RowwiseParallel,
         "mlp.dense_h_to_4h": ColwiseParallel,
-        "mlp.dense_4h_to_h": WaitedRows,
+        "mlp.dense_4h_to_h": RowwiseParallel,
     }
 }
 
@@ -81,13 +81,16 @@ def split_layer(layer: nn.Module, model_type: str, mesh: DeviceMesh) -> None:
         model_type: of the model.
         mesh: one dimension, the devices that share the layer.
     """
+    rows = WaitedRows if getattr(layer, "gradient_checkpointing", False) else RowwiseParallel
     plan: dict[str, Any] = {}
     for name, style in PLANS[model_type].items():
+        columns = style is ColwiseParallel
+        cut = ColwiseParallel if columns else rows
         if hasattr(layer.get_submodule(name), "lora_A"):
-            factor = "lora_B" if style is ColwiseParallel else "lora_A"
-            plan |= {f"{name}.base_layer": style(), f"{name}.{factor}.default": style()}
+            factor = "lora_B" if columns else "lora_A"
+            plan |= {f"{name}.base_layer": cut(), f"{name}.{factor}.default": cut()}
         else:
-            plan[name] = style()
+            plan[name] = cut()
     parallelize_module(layer, mesh, plan, src_data_rank=None)
 
 
