@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from mft_lightning.meeting import LAUNCHED, hosted_by_launcher, meet
+from mft_lightning.meeting import LAUNCHED, hosted_by_launcher, meet, sigterm_noted
 
 STARTED_BY = "MFT_LIGHTNING_STARTED_BY"  # the process that started this one as a further rank of its run
 ELASTIC = "TORCHELASTIC_RUN_ID"  # by which Lightning knows torchrun's processes
@@ -88,11 +88,12 @@ def join(store: Any = None, meanwhile: Callable[[], None] | None = None) -> None
     if STARTED_BY in os.environ:
         _end_with(int(os.environ[STARTED_BY]))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch warns of a rank that is gone, with C++ frames
-    import torch.distributed as dist
+    with sigterm_noted() as sigterms:
+        import torch.distributed as dist
 
-    if dist.is_initialized():
-        return
-    store = dist.PrefixStore("ranks", meet(store, meanwhile))
+        if dist.is_initialized():
+            return
+        store = dist.PrefixStore("ranks", meet(store, meanwhile, sigterms))
     dist.init_process_group(backend(), store=store, rank=number(), world_size=int(os.environ["WORLD_SIZE"]))
 
 

@@ -14,8 +14,16 @@ ROOT = Path(__file__).resolve().parents[1]
 IMPATIENT = """
 import sys
 from mft_lightning import cli, meeting
-meeting.SILENCE, meeting.MEETING = 1, 4
+meeting.SILENCE, meeting.MEETING, meeting.HEARD = 1, {patience}, 1
 sys.exit(cli.main(["fit"]))
+"""
+SECOND_IS_ENDED_IN_ITS_IMPORTS = """
+import os, signal, sys
+class Watch:
+    def find_spec(self, name, *given):
+        if name == "torch" and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Watch())
 """
 WAITING = """
 import time
@@ -41,36 +49,112 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def start(program: str, address: str) -> list[subprocess.Popen[str]]:
-    """Two ranks that meet at an address."""
+def start(program: str, address: str, *differ: dict[str, str], **more: str) -> list[subprocess.Popen[str]]:
+    """Two ranks that meet at an address.
+
+    Args:
+        program: what each runs.
+        address: where.
+        differ: variables of the environment that each has.
+        more: those that both have.
+    """
     said = {"WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(free_port()), "PYTHONPATH": "."}
     return [
         subprocess.Popen(
             [sys.executable, "-c", program],
             cwd=ROOT,
-            env={**os.environ, **said, "RANK": rank, "LOCAL_RANK": rank},
+            env={**os.environ, **said, "RANK": rank, "LOCAL_RANK": rank, **more, **own},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in ("0", "1")
+        for rank, own in zip(("0", "1"), differ or ({}, {}), strict=True)
     ]
+
+
+def told_by(ranks: list[subprocess.Popen[str]]) -> list[str]:
+    """What each says until it ends, which it must."""
+    try:
+        return [rank.communicate(timeout=DEADLINE)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_a_meeting_place_that_no_host_has_is_told_by_every_rank() -> None:
     """Rank 0 too, which would else look for itself there."""
-    ranks = start(IMPATIENT, "nowhere.invalid")
-    try:
-        told = [rank.communicate(timeout=DEADLINE)[1].splitlines() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    ranks = start(IMPATIENT.format(patience=4), "nowhere.invalid")
+    told = [said.splitlines() for said in told_by(ranks)]
     assert [rank.returncode for rank in ranks] == [1, 1]
     for waiting, error in told:
         assert waiting.startswith("waiting for the other ranks") and "MASTER_ADDR=nowhere.invalid" in waiting
         assert "error: " in error and "not all ranks came within" in error
     assert ": nowhere.invalid cannot be reached ([Errno" in told[1][0]
+    assert told[0][0].endswith(": not there: rank 1")
+
+
+# As if each of the two ranks were on a host of its own, and another one that never comes.
+HOSTS = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
+PATIENT = IMPATIENT.format(patience=3600)
+
+
+def test_a_rank_that_gloo_would_not_find_is_told_by_all() -> None:
+    lost = {"GLOO_SOCKET_IFNAME": "eth99"}
+    told = told_by(ranks := start(PATIENT, "127.0.0.1", {}, lost, **HOSTS))
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    for error, rank in zip(told, ("", "rank 1: "), strict=True):
+        assert f"error: {rank}on the host {socket.gethostname()}, rank 1: GLOO_SOCKET_IFNAME=eth99 is no netw" in error
+
+
+def test_a_rank_that_is_ended_while_it_starts_is_told_by_the_others() -> None:
+    """As torchrun ends the neighbours of one that was killed."""
+    told = told_by(ranks := start(SECOND_IS_ENDED_IN_ITS_IMPORTS + PATIENT, "127.0.0.1", **HOSTS))
+    assert [rank.returncode for rank in ranks] == [1, -signal.SIGTERM]
+    assert f"error: on the host {socket.gethostname()}, rank 1: ended by SIGTERM before all ranks had met." in told[0]
+    assert "error" not in told[1]
+
+
+def test_an_interrupt_of_a_rank_that_waits_is_told_by_the_others() -> None:
+    ranks = start(PATIENT, "127.0.0.1", **HOSTS)
+    until_it_waits(ranks[1])
+    ranks[1].send_signal(signal.SIGINT)
+    told = told_by(ranks)
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert f"error: on the host {socket.gethostname()}, rank 1: interrupted." in told[0]
+    assert told[1] == ""
+
+
+def test_the_loss_of_the_host_they_meet_on_is_told_by_the_others() -> None:
+    ranks = start(PATIENT, "127.0.0.1", **HOSTS)
+    until_it_waits(ranks[1])
+    ranks[0].kill()
+    _, error = told_by(ranks)
+    assert ranks[1].returncode == 1
+    assert error.startswith("error: rank 1: the place where the ranks meet was gone before all had come (RANK=1, ")
+
+
+def test_where_the_store_of_torchrun_is_gone_nobody_waits_long() -> None:
+    for error in told_by(start(PATIENT, "127.0.0.1", **HOSTS, TORCHELASTIC_USE_AGENT_STORE="True")):
+        assert "not all ranks came within 1 seconds" in error and "127.0.0.1 cannot be reached ([Errno 111]" in error
+
+
+def test_a_port_that_is_taken_is_told_by_the_rank_that_opens_it() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        ranks = start(PATIENT, "127.0.0.1", **HOSTS, MASTER_PORT=(port := str(taken.getsockname()[1])))
+        _, error = ranks[0].communicate(timeout=DEADLINE)
+    for rank in ranks:
+        rank.kill()
+        rank.wait()
+    assert error.startswith(f"error: MASTER_PORT={port} cannot be opened (") and error.count("\n") == 1
+
+
+def until_it_waits(rank: subprocess.Popen[str]) -> None:
+    assert rank.stderr is not None
+    assert "MASTER_ADDR=127.0.0.1" in (said := rank.stderr.readline())
+    assert said.endswith(": not there: rank 2\n")
 
 
 def test_an_interrupt_and_a_failure_are_heard_while_another_rank_prepares_the_data() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import checkpoints, same_weights, user_environment
+from tests.integration.conftest import ROOT, checkpoints, same_weights, user_environment
 from tests.integration.hosts import CABLE, Host, two_hosts
 
 TORCHRUN = (*(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"),)
@@ -20,6 +20,24 @@ LONG = 200.0  # seconds that a series may take on a machine that does other thin
 SOON = 60.0  # seconds in which the loss of a host must end the other
 LOST = "another rank is gone without a word, or out of reach ("
 GO_ON = "Go on with --ckpt_path last."
+
+
+KILLED_AT_ITS_START = """
+import os, signal, sys, time
+from pathlib import Path
+begun, rank = Path(__file__).with_name("begun"), os.environ["RANK"]
+class Watch:
+    def find_spec(self, name, *given):
+        if name == "torch" and rank == "2":
+            begun.touch()
+sys.meta_path.insert(0, Watch())
+while rank == "3":
+    if begun.exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.1)
+from mft_lightning.cli import main
+raise SystemExit(main(["fit"]))
+"""
 
 
 class Launch:
@@ -131,8 +149,8 @@ def test_a_host_is_lost_and_the_run_goes_on_to_the_same_weights(
         refused = Launch(hosts, words, tmp_path)
         assert refused.codes() == [1, 1]
         for host, rank in enumerate(("", "rank 1: ")):
-            assert f"error: {rank}the name of the host " in refused.printed(host)
-            assert "stands for 127.0.1.1 on it, where no other host finds it. Set GLOO_SO" in refused.printed(host)
+            assert f"error: {rank}on the host " in refused.printed(host)
+            assert ": its own name stands for 127.0.1.1, where no other host finds it. Set G" in refused.printed(host)
         third = Launch(hosts, words, tmp_path, GLOO_SOCKET_IFNAME=CABLE)
         assert third.codes() == [0, 0], third.printed(0) + third.printed(1)
         assert "going on from step-00000004" in third.printed(0)
@@ -144,3 +162,14 @@ def test_a_host_is_lost_and_the_run_goes_on_to_the_same_weights(
 def in_the_middle(launch: Launch, run: Path, runs: int) -> bool:
     """Whether so many runs have taken the fifth step, the last of which has a checkpoint of its fourth."""
     return launch.printed(0).count("step 5/8") == runs and checkpoints(run) == ["step-00000004"]
+
+
+def test_a_rank_that_is_killed_while_it_starts_ends_those_of_the_other_host(tmp_path: Path) -> None:
+    """torchrun ends its neighbour by SIGTERM, in the midst of its imports, which lets the others know."""
+    (tmp_path / "start.py").write_text(KILLED_AT_ITS_START)
+    with two_hosts(tmp_path) as hosts:
+        launch = Launch(hosts, ["--nproc-per-node", "2", str(tmp_path / "start.py")], tmp_path, PYTHONPATH=str(ROOT))
+        assert launch.codes() == [1, 1]
+    (error,) = [line for line in launch.printed(0).splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: on the host two, rank 2: ended by SIGTERM before all ranks had met.")
+    assert "Signal 9 (SIGKILL)" in launch.printed(1)  # in torchrun's words
