@@ -14,7 +14,7 @@ from types import ModuleType
 
 from mft_lightning import __version__, ranks
 from mft_lightning.errors import FULL_DISK, UserError, first_line
-from mft_lightning.out_of_memory import advice, is_out_of_memory
+from mft_lightning.out_of_memory import advice, is_lost_worker, is_out_of_memory, worker_advice
 
 # name -> (module:function, what it does); a command is imported only when it is called
 COMMANDS = {
@@ -107,6 +107,8 @@ def _message(error: Exception, arguments: list[str]) -> str | None:
     if command in RANKED and is_out_of_memory(error):
         return advice(error, arguments[1:])
     again = ranks.GO_ON if command == "fit" else ""
+    if is_lost_worker(error):
+        return f"{worker_advice(error)}{again}"
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         where = f"{error.filename}: cannot be written" if error.filename else "a file cannot be written"
         return f"{where} ({error.strerror}). Free some space or mend the file system.{again}"

@@ -11,6 +11,7 @@ from typing import Any
 from mft_lightning.errors import first_line
 
 _ON_A_CPU = "DefaultCPUAllocator: can't allocate memory"
+_LOST_WORKER = re.compile(r"DataLoader worker \(pid.*?\) (is killed by signal|exited unexpectedly)")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -36,4 +37,23 @@ def advice(error: BaseException, arguments: Sequence[str]) -> str:
         "data.per_device_train_batch_size (in a validation data.per_device_valid_batch_size), trainer.strategy: fsdp "
         "on several devices. Needs less: a smaller data.seq_length, model.peft_type: lora, or trainer.precision: "
         f"bf16-true. How much less: {command}"
+    )
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether an error says that a data loader's process is gone; one that failed by itself tells of its own error."""
+    return isinstance(error, RuntimeError) and _LOST_WORKER.match(str(error)) is not None
+
+
+def worker_advice(error: BaseException) -> str:
+    """The error in a line, and what loads data with less memory.
+
+    Args:
+        error: of :func:`is_lost_worker`.
+    """
+    said = first_line(error).rstrip(".")
+    return (
+        f"a process that loads data is gone ({said}). Where nothing above says why, the system "
+        "has ended it, because the host's memory or /dev/shm is full. Fewer data.num_workers need less, 0 none of "
+        "/dev/shm; a container gets more of it with docker's --shm-size."
     )

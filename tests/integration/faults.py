@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -50,7 +51,8 @@ class Fault(L.Callback):
     """Goes wrong in one way, on one rank, before the first micro-batch of one step or in a later hook.
 
     Args:
-        kind: an error of ours, one of Python, a signal, a request to stop, a long sleep or a short one.
+        kind: an error of ours, one of Python, a signal, a request to stop, a long sleep or a short one, or SIGKILL for
+            a process that loads data.
         rank: where; -1 is everywhere.
         step: optimizer steps that are done by then.
         hook: where, if not in training.
@@ -58,7 +60,7 @@ class Fault(L.Callback):
 
     def __init__(
         self,
-        kind: Literal["user", "python", "kill", "term", "interrupt", "sleep", "pause", "stop"],
+        kind: Literal["user", "python", "kill", "term", "interrupt", "sleep", "pause", "stop", "worker"],
         rank: int,
         step: int = 2,
         hook: Literal[
@@ -102,6 +104,9 @@ class Fault(L.Callback):
             return
         if self.kind == "stop":
             trainer.should_stop = True
+            return
+        if self.kind == "worker":
+            multiprocessing.active_children()[0].kill()
             return
         signals = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "interrupt": signal.SIGINT}
         os.kill(os.getpid(), signals[self.kind])

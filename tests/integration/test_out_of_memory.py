@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from mft_lightning.cli import main
 from mft_lightning.commands import evaluate, fit
+from mft_lightning.out_of_memory import is_lost_worker
+from tests.integration.conftest import command
 
 
 def no_gpu_memory(_: list[str]) -> None:
@@ -49,3 +52,33 @@ def test_another_error_is_a_defect_as_before(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(fit, "fit", fails)
     with pytest.raises(RuntimeError, match="shapes"):
         main(["fit"])
+
+
+@pytest.mark.parametrize(
+    ("said", "lost"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that", True),
+        ("DataLoader worker (pid 7) exited unexpectedly with exit code 1. Details are lost", True),
+        ("DataLoader worker (pid(s) 7, 8) exited unexpectedly", True),
+        ("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback", False),
+        ("Too many open files. Communication with the workers is no longer possible.", False),
+    ],
+)
+def test_what_torch_says_of_a_loading_process(said: str, lost: bool) -> None:
+    assert is_lost_worker(RuntimeError(said)) is lost
+
+
+@pytest.mark.parametrize(("config", "rank"), [("full.yaml", 0), ("ddp.yaml", 1)], ids=["one process", "two ranks"])
+def test_a_loading_process_that_is_killed_ends_the_run_with_one_message(
+    fit_arguments: Callable[..., list[str]], tmp_path: Path, config: str, rank: int
+) -> None:
+    """Those of several ranks are started by a server, whose children they are."""
+    fault, key = "--trainer.callbacks+=tests.integration.faults.Fault", "--trainer.callbacks"
+    words = (fault, f"{key}.kind", "worker", f"{key}.rank", str(rank), "--data.num_workers", "1")
+    steps = ("--trainer.max_steps", "1000", "--evaluation.strategy", "none")
+    done = command("fit", *fit_arguments(tmp_path / "run", *words, *steps, config=config))
+    assert done.returncode == 1
+    begin = f"error: rank {rank}: " if rank else "error: "
+    assert done.stderr.startswith(f"{begin}a process that loads data is gone (DataLoader worker (pid"), done.stderr
+    assert done.stderr.count("\n") == 1 and "data.num_workers" in done.stderr, done.stderr
+    assert done.stderr.endswith("Go on with --ckpt_path last.\n")
