@@ -96,12 +96,16 @@ def measure(directory: str, kind: str) -> dict[str, int]:
     return {"peak": peak.end(), "model": model, "unit": max(*layers, model - sum(layers))}
 
 
-def run(ranks: int, directory: str, kind: str) -> dict[str, int]:
-    """The rank that needs the most."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        return int(free.getsockname()[1])
+
+
+def run(ranks: int, directory: str, kind: str) -> dict[str, int]:
+    """The rank that needs the most."""
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared |= {"OMP_NUM_THREADS": "1"}
     shared |= {"MALLOC_MMAP_THRESHOLD_": "65536"}  # so that what is freed is given back, and not counted
     words = [sys.executable, __file__, "--measure", directory, kind]
     processes = [
