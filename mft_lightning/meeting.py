@@ -22,7 +22,7 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  #
 HERE = "127.0.0.1"
 SILENCE = 30  # seconds of waiting for ranks that others start, before it is said
 MEETING = 1800  # seconds until all ranks must be there, as long as torch waits in a collective
-HEARD = 10  # seconds in which all ranks hear why one cannot meet them, before the first host takes the store with it
+HEARD = 10  # seconds in which a rank can say why it cannot meet the others, and in which all hear it, before all end
 _COME, _FAILED = "mft_lightning/come", "mft_lightning/failed_to_meet"
 
 
@@ -138,14 +138,14 @@ class _Waiting:
     def __call__(self, why: str = "") -> None:
         if self.meanwhile is not None:
             self.meanwhile()
-        if self.sigterms:
+        waited = time.monotonic() - self.since
+        if self.sigterms and (self.store is not None or waited > HEARD):
             self.tell("ended by SIGTERM before all ranks had met. What happened is told there.")
             raise SystemExit(1)
         if self.store is not None and self.store.check([_FAILED]):
             why_not = self.store.get(_FAILED).decode()
             time.sleep(HEARD)
             _end(why_not)
-        waited = time.monotonic() - self.since
         # torchrun's store is there before its ranks are; where it is not, the first host has ended already.
         enough = SILENCE if self.store is None and hosted_by_launcher() else MEETING
         if waited > enough:
