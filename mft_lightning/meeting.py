@@ -112,7 +112,7 @@ def several_hosts() -> bool:
 
 def _find_store(look: Callable[[str], None]) -> Any:
     """The store of a launcher's ranks: its own, or that of rank 0."""
-    from torch.distributed import TCPStore
+    from torch.distributed import PrefixStore, TCPStore
     from torch.distributed.constants import default_pg_timeout
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -125,7 +125,10 @@ def _find_store(look: Callable[[str], None]) -> Any:
             look(f": {address} cannot be reached ({error})")
             time.sleep(0.2)
         else:
-            return TCPStore(address, port, is_master=False, timeout=default_pg_timeout)
+            store: Any = TCPStore(address, port, is_master=False, timeout=default_pg_timeout)
+            if hosted_by_launcher():  # it keeps what was said before torchrun started its ranks again
+                store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+            return store
 
 
 class _Waiting:

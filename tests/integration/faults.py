@@ -50,6 +50,8 @@ class NotFinite(L.Callback):
 class Fault(L.Callback):
     """Goes wrong in one way, on one rank, before the first micro-batch of one step or in a later hook.
 
+    But not where torchrun has started the ranks again.
+
     Args:
         kind: an error of ours, one of Python, a signal, a request to stop, a long sleep or a short one, or SIGKILL for
             a process that loads data.
@@ -90,6 +92,8 @@ class Fault(L.Callback):
 
     def _happen(self, trainer: L.Trainer, hook: str) -> None:
         if self.rank not in (-1, trainer.global_rank) or hook != self.hook:
+            return
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             return
         if self.kind == "user":
             raise UserError("a record is bad.")

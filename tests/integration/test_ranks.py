@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration import one_by_one
-from tests.integration.conftest import ROOT, checkpoints, everything, metrics, user_environment
+from tests.integration.conftest import ROOT, checkpoints, everything, metrics, same_weights, user_environment
 from tests.integration.layouts import in_series
 
 OWN = (sys.executable, "-m", "mft_lightning")
@@ -199,6 +199,17 @@ def test_under_torchrun_an_error_of_one_is_told_with_its_rank(arguments: Callabl
     done = run(TORCHRUN, arguments(*fault("user", 1)))
     assert done.returncode == 1
     assert told(done) == ["error: rank 1: a record is bad."]
+
+
+def test_torchrun_starts_ranks_again_and_they_go_on(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    words = arguments("--ckpt_path", "last", "--checkpoint.checkpointing_steps", "2")
+    done = run((*TORCHRUN[:3], "--max-restarts", "1", *TORCHRUN[3:]), [*words, *fault("kill", 1)])
+    assert done.returncode == 0, done.stderr
+    assert "going on from step-00000002" in done.stdout and done.stdout.count("trained to step 4 of 4") == 1
+    (message,) = told(done)
+    assert message.startswith("error: another rank is gone without a word")
+    in_series(2, [[*words, "--output_dir", str(tmp_path / "whole")]], tmp_path)
+    assert same_weights(tmp_path / "run" / "step-00000004", tmp_path / "whole" / "step-00000004")
 
 
 def test_what_torchrun_started_must_be_what_is_asked_for(arguments: Callable[..., list[str]]) -> None:
