@@ -29,7 +29,12 @@ from tests.integration.conftest import ROOT, TASKS, metrics, weights
 from tests.integration.layouts import in_series
 from tests.integration.reference import ALPHA, Measured, R, adapter_weight, measure, plain_name, step_numbers
 
-LAYOUTS = {"one": ("auto", 1), "ddp2": ("ddp", 2), "fsdp2": ("fsdp", 2)}
+LAYOUTS: dict[str, tuple[str, int, dict[str, str]]] = {
+    "one": ("auto", 1, {}),
+    "ddp2": ("ddp", 2, {}),
+    "fsdp2": ("fsdp", 2, {}),
+    "tensor2": ("fsdp", 2, {"--parallel.tensor_parallel_size": "2"}),
+}
 TOLERANCES = {"32-true": 1e-5, "bf16-mixed": 1e-2}
 KINDS, PADDINGS = ("full", "lora"), ("padding", "pack")
 MODES, SIZES = ("case1", "case2", "case3", "case4"), (1, 2, 8)
@@ -72,6 +77,7 @@ class Case:
             "--data.padding_mode": self.padding,
             "--model.weighted_loss_mode": self.mode,
             "--data.per_device_train_batch_size": str(self.size),
+            **LAYOUTS[self.layout][2],
         }
         if self.mode in ("case3", "case4"):
             words["--data.task_weights"] = json.dumps(TASK_WEIGHTS)
