@@ -7,6 +7,7 @@ so in the store, and all end.
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import signal
 import socket
@@ -14,7 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, NoReturn
+from uuid import uuid4
 
 from mft_lightning.errors import UserError, first_line
 
@@ -23,7 +26,7 @@ HERE = "127.0.0.1"
 SILENCE = 30  # seconds of waiting for ranks that others start, before it is said
 MEETING = 1800  # seconds until all ranks must be there, as long as torch waits in a collective
 HEARD = 10  # seconds in which a rank can say why it cannot meet the others, and in which all hear it, before all end
-_COME, _FAILED = "mft_lightning/come", "mft_lightning/failed_to_meet"
+_FIRST, _COME, _FAILED, _OUTCOME = "mft_lightning/first", "come", "failed", "outcome"
 
 
 def hosted_by_launcher() -> bool:
@@ -72,7 +75,11 @@ def sigterm_noted() -> Iterator[Sequence[int]]:
 
 
 def meet(store: Any, meanwhile: Callable[[], None] | None, sigterms: Sequence[int] = ()) -> Any:
-    """Wait for all ranks; the store they meet at.
+    """Wait for all ranks; a part of the store they meet at that is theirs alone.
+
+    Rank 0 opens a part of a new name, in which the others say that they have come, each process by a name of its own,
+    and rank 0 to which of them it says what came of it. So nothing counts that an earlier process has said or heard:
+    torchrun's store outlives those that it starts again, and it does not tell each host the same number of starts.
 
     Args:
         store: it, if this rank hosts it already.
@@ -84,24 +91,87 @@ def meet(store: Any, meanwhile: Callable[[], None] | None, sigterms: Sequence[in
     """
     from torch.distributed import DistError
 
-    look = _Waiting(store, meanwhile, sigterms)
+    look = _Waiting(meanwhile, sigterms)
     try:
         if store is None:
-            look.store = store = _find_store(look)
-        if several_hosts() and (why := _out_of_reach()):
-            look.tell(why)
-            look()
-        store.set(f"{_COME}/{os.environ['RANK']}", "")
-        store.add(_COME, 1)
-        while store.add(_COME, 0) < int(os.environ["WORLD_SIZE"]):
-            look()
-            time.sleep(0.05)
-        return store
+            store = _find_store(look)
+        return _await_others(store, look) if os.environ["RANK"] == "0" else _join_first(store, look)
     except DistError:
         _end(f"the place where the ranks meet was gone before all had come ({_told()}). The first host tells why.")
+
+
+def _await_others(store: Any, look: _Waiting) -> Any:
+    """Rank 0's part of it."""
+    from torch.distributed import PrefixStore
+
+    name = uuid4().hex
+    part, others = PrefixStore(name, store), _others()
+    store.set(_FIRST, name)
+
+    def say(why: str | None) -> None:
+        processes = [part.get(key).decode() for key in others if part.check([key])]
+        part.set(_OUTCOME, json.dumps({"why": why, "processes": processes}))
+
+    try:
+        while True:
+            come = part.check(others)  # a rank that cannot meet the others says so first
+            why = look.fault() or (part.get(_FAILED).decode() if part.check([_FAILED]) else None)
+            if come or why is not None:
+                break
+            look(partial(_absent, part))
+            time.sleep(0.05)
     except (UserError, KeyboardInterrupt) as error:
-        look.tell(str(error) or "interrupted.")
+        say(_of_this_rank(str(error) or "interrupted."))
         raise
+    say(why)
+    if why is None:
+        return part
+    until = time.monotonic() + HEARD
+    while time.monotonic() < until:
+        time.sleep(0.5)
+        say(why)  # to those who have come meanwhile
+    _end(why)
+
+
+def _join_first(store: Any, look: _Waiting) -> Any:
+    """All others' part of it."""
+    from torch.distributed import DistError, PrefixStore
+
+    me, name, part, come, told = uuid4().hex, b"", None, False, False
+    try:
+        while True:
+            if store.check([_FIRST]) and store.get(_FIRST) != name:  # else that of an earlier start may have been there
+                name = store.get(_FIRST)
+                part, come, told = PrefixStore(name.decode(), store), False, False
+            if part is not None:
+                if not told and (why := look.fault()) is not None:
+                    told = bool(part.compare_set(_FAILED, "", why))
+                if not come:
+                    part.set(f"{_COME}/{os.environ['RANK']}", me)
+                    come = True
+                if part.check([_OUTCOME]) and me in (outcome := json.loads(part.get(_OUTCOME)))["processes"]:
+                    return part if outcome["why"] is None else _end(outcome["why"])
+            look(partial(_absent, part))
+            time.sleep(0.05)
+    except (UserError, KeyboardInterrupt) as error:
+        if part is not None:
+            with suppress(DistError):  # it is gone
+                part.compare_set(_FAILED, "", _of_this_rank(str(error) or "interrupted."))
+        raise
+
+
+def _others() -> list[str]:
+    """Where each rank but the first says that it has come."""
+    return [f"{_COME}/{rank}" for rank in range(1, int(os.environ["WORLD_SIZE"]))]
+
+
+def _absent(part: Any) -> str:
+    missing = [] if part is None else [key.removeprefix(f"{_COME}/") for key in _others() if not part.check([key])]
+    return f": not there: rank {', '.join(missing) or '0'}"
+
+
+def _of_this_rank(why: str) -> str:
+    return f"on the host {socket.gethostname()}, rank {os.environ['RANK']}: {why}"
 
 
 def several_hosts() -> bool:
@@ -110,66 +180,54 @@ def several_hosts() -> bool:
     return int(world) > int(os.environ.get("LOCAL_WORLD_SIZE", world))
 
 
-def _find_store(look: Callable[[str], None]) -> Any:
+def _find_store(look: _Waiting) -> Any:
     """The store of a launcher's ranks: its own, or that of rank 0."""
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import TCPStore
     from torch.distributed.constants import default_pg_timeout
 
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ["RANK"] == "0" and not hosted_by_launcher():
         return host_store(port)
+    if hosted_by_launcher():  # there before its ranks are; where it is not, the first host has ended already
+        look.most = SILENCE
     while True:
         try:
             socket.create_connection((address, port), timeout=2).close()
         except OSError as error:
-            look(f": {address} cannot be reached ({error})")
+            look(partial(str, f": {address} cannot be reached ({error})"))
             time.sleep(0.2)
         else:
-            store: Any = TCPStore(address, port, is_master=False, timeout=default_pg_timeout)
-            if hosted_by_launcher():  # it keeps what was said before torchrun started its ranks again
-                store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            return store
+            look.most = MEETING
+            return TCPStore(address, port, is_master=False, timeout=default_pg_timeout)
 
 
 class _Waiting:
-    """Says once that this rank waits for others that it did not start, and ends it at last, or when one has failed."""
+    """Says once that this rank waits for others that it did not start, and ends it at last."""
 
-    def __init__(self, store: Any, meanwhile: Callable[[], None] | None, sigterms: Sequence[int]) -> None:
-        self.store, self.meanwhile, self.sigterms = store, meanwhile, sigterms
+    def __init__(self, meanwhile: Callable[[], None] | None, sigterms: Sequence[int]) -> None:
+        self.meanwhile, self.sigterms = meanwhile, sigterms
         self.since, self.said = time.monotonic(), meanwhile is not None and not several_hosts()
+        self.most = MEETING
+        self.out_of_reach = _out_of_reach() if several_hosts() else None
 
-    def __call__(self, why: str = "") -> None:
+    def fault(self) -> str | None:
+        """Why this rank cannot meet the others, for all to hear."""
+        ended = "ended by SIGTERM before all ranks had met. What happened is told there." if self.sigterms else None
+        why = self.out_of_reach or ended
+        return None if why is None else _of_this_rank(why)
+
+    def __call__(self, why: Callable[[], str]) -> None:
         if self.meanwhile is not None:
             self.meanwhile()
         waited = time.monotonic() - self.since
-        if self.sigterms and (self.store is not None or waited > HEARD):
-            self.tell("ended by SIGTERM before all ranks had met. What happened is told there.")
+        if self.sigterms and waited > HEARD:  # of nobody who would hear it
             raise SystemExit(1)
-        if self.store is not None and self.store.check([_FAILED]):
-            why_not = self.store.get(_FAILED).decode()
-            time.sleep(HEARD)
-            _end(why_not)
-        # torchrun's store is there before its ranks are; where it is not, the first host has ended already.
-        enough = SILENCE if self.store is None and hosted_by_launcher() else MEETING
-        if waited > enough:
-            raise UserError(f"not all ranks came within {enough} seconds ({_told()}){why or self._absent()}.")
+        if waited > self.most:
+            raise UserError(f"not all ranks came within {self.most} seconds ({_told()}){why()}.")
         if waited > SILENCE and not self.said:
-            line = f"waiting for the other ranks that the environment tells of ({_told()}){why or self._absent()}"
+            line = f"waiting for the other ranks that the environment tells of ({_told()}){why()}"
             print(line, file=sys.stderr, flush=True)
             self.said = True
-
-    def tell(self, why: str) -> None:
-        """Let all ranks that look at the store end with why this one cannot meet them; the first to tell is heard."""
-        from torch.distributed import DistError
-
-        if self.store is not None:
-            with suppress(DistError):  # it is gone
-                here = f"on the host {socket.gethostname()}, rank {os.environ['RANK']}"
-                self.store.compare_set(_FAILED, "", f"{here}: {why}")
-
-    def _absent(self) -> str:
-        ranks = map(str, range(int(os.environ["WORLD_SIZE"])))
-        return f": not there: rank {', '.join(rank for rank in ranks if not self.store.check([f'{_COME}/{rank}']))}"
 
 
 def _told() -> str:

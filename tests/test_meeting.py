@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+from mft_lightning.meeting import host_store
+
 ROOT = Path(__file__).resolve().parents[1]
 STARTED = """
 import sys
@@ -24,6 +26,14 @@ class Watch:
         if name == "torch" and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
 sys.meta_path.insert(0, Watch())
+"""
+MEETING = """
+import os, time
+time.sleep(float(os.environ.get("LATE", "0")))
+from mft_lightning import ranks
+ranks.join()
+print("met", flush=True)
+os._exit(0)
 """
 WAITING = """
 import time
@@ -50,7 +60,7 @@ def free_port() -> int:
 
 
 def start(program: str, address: str, *differ: dict[str, str], **more: str) -> list[subprocess.Popen[str]]:
-    """Two ranks that meet at an address.
+    """Ranks that meet at an address, two if nothing differs.
 
     Args:
         program: what each runs.
@@ -63,13 +73,13 @@ def start(program: str, address: str, *differ: dict[str, str], **more: str) -> l
         subprocess.Popen(
             [sys.executable, "-c", program],
             cwd=ROOT,
-            env={**os.environ, **said, "RANK": rank, "LOCAL_RANK": rank, **more, **own},
+            env={**os.environ, **said, "RANK": str(rank), "LOCAL_RANK": str(rank), **more, **own},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank, own in zip(("0", "1"), differ or ({}, {}), strict=True)
+        for rank, own in enumerate(differ or ({}, {}))
     ]
 
 
@@ -150,6 +160,21 @@ def test_a_port_that_is_taken_is_told_by_the_rank_that_opens_it() -> None:
         rank.kill()
         rank.wait()
     assert error.startswith(f"error: MASTER_PORT={port} cannot be opened (") and error.count("\n") == 1
+
+
+def test_what_an_earlier_start_said_at_the_place_means_nothing_to_a_later_one() -> None:
+    """torchrun's store outlives the ranks that it starts again, on each host for a reason of its own."""
+    store = host_store(0)
+    known = {**HOSTS, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    before = start(PATIENT, "127.0.0.1", **known)
+    for rank in before:
+        until_it_waits(rank)
+    for rank in before:
+        rank.kill()
+        rank.wait()
+    ranks = start(MEETING, "127.0.0.1", {"LATE": "3"}, {}, {"LATE": "1"}, **known)
+    told = [rank.communicate(timeout=DEADLINE) for rank in ranks]
+    assert told == [("met\n", "")] * 3
 
 
 def until_it_waits(rank: subprocess.Popen[str]) -> None:
