@@ -23,7 +23,8 @@ from mft_lightning.errors import UserError
 
 GRACE = 20.0  # seconds that a rank has to end by itself after another one failed
 GOODBYE = 60.0  # seconds that a rank has to end after the work is done
-ORDERLY = (0, 128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of a rank that has done its work
+# exit codes of a rank that has done its work
+ORDERLY = (0, *(128 + signum for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)))
 
 
 class RankLauncher(_SubprocessScriptLauncher):

@@ -307,13 +307,14 @@ def test_one_ctrl_c_is_one_though_workers_hear_it_too(
     assert checkpoints(tmp_path / "run") == ["step-00000003"]
 
 
+@pytest.mark.parametrize("devices", ["1", "2"])
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
 def test_preemption_saves_though_workers_hear_it_too(
-    in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, signum: signal.Signals
+    in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, signum: signal.Signals, devices: str
 ) -> None:
     """SLURM's signals go to every process; a worker that ended by one would take the run with it."""
-    alone = ("--trainer.strategy", "auto", "--trainer.devices", "1", "--data.num_workers", "2")
-    process = in_a_terminal("step 1/", *alone, *fault("pause", 0))
+    words = ("--trainer.strategy", "auto", "--trainer.devices", devices, "--data.num_workers", "2")
+    process = in_a_terminal("step 1/", *words, *fault("pause", 0))
     time.sleep(1)
     os.killpg(process.pid, signum)
     assert (process.wait(SOON), process.stderr.read()) == (128 + signum, b"")
