@@ -112,7 +112,8 @@ def _sharing(run: PlannedRun, setup: StepSetup) -> Iterator[_Candidate]:
         for key in ("reshard_after_forward", "cpu_offload"):
             yield _Candidate({f"parallel.{key}": True}, _with_options(**{key: True}), same=True)
         over = _with(devices=more)
-        yield _Candidate({"trainer.devices": more}, lambda step: batched(sizes, over(step)), same=True)
+        nodes = 1 if run.config["devices"] is not None else run.trainer_config["num_nodes"]
+        yield _Candidate({"trainer.devices": more // nodes}, lambda step: batched(sizes, over(step)), same=True)
         wider = 2 * setup.parallel.tensor_parallel_size
         if setup.devices % wider == 0 and can_split(setup.network.causal_lm.config, wider):
             shared = _with_options(tensor_parallel_size=wider)

@@ -125,7 +125,7 @@ def batched(sizes: BatchSizes, setup: StepSetup) -> StepSetup:
     total = sizes.total if sizes.tokens is None else max(1, sizes.tokens // setup.length)
     assert total is not None
     micro_batches = sizes.micro_batches(total, setup.data_parallel_size)
-    conversations = sizes.per_device or -(-total // (setup.data_parallel_size * micro_batches))
+    conversations = -(-total // (setup.data_parallel_size * micro_batches))  # as they are dealt
     return replace(setup, micro_batches=micro_batches, conversations=conversations)
 
 

@@ -96,6 +96,22 @@ def test_devices_need_not_be_here(estimate: Estimate) -> None:
         assert many["moments"]["optimizer"][part] < few["moments"]["optimizer"][part] / 7
 
 
+def test_devices_of_several_nodes_are_advised_by_node(estimate: Estimate) -> None:
+    words = ("--trainer.strategy", "fsdp", "--trainer.devices", "2", "--trainer.num_nodes", "2")
+    found = json.loads(estimate("--json", *words))
+    (change,) = [one for one in found["changes"] if one["keys"].keys() == {"trainer.devices"}]
+    assert change["keys"] == {"trainer.devices": 4} and found["devices"] == 4
+    again = json.loads(estimate("--json", *words, "--trainer.devices", "4"))
+    assert (again["devices"], again["peak"]) == (8, change["peak"])
+
+
+def test_a_micro_batch_holds_what_is_dealt_to_it(estimate: Estimate) -> None:
+    """Not all that it might hold."""
+    words = ("--data.per_device_train_batch_size", "8", "--data.total_train_batch_size", "6")
+    found = json.loads(estimate("--json", *words, "--devices", "2"))
+    assert (found["micro_batches"], found["conversations"]) == (1, 3)
+
+
 def test_devices_that_share_layers_hold_a_part_of_them_and_of_the_head(estimate: Estimate) -> None:
     words = ("--device", "cuda", "--devices", "8", "--trainer.strategy", "fsdp")
     words += ("--data.per_device_train_batch_size", "4")
