@@ -13,6 +13,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -46,6 +48,12 @@ def test_models_that_keep_the_assumptions_pass_and_keep_their_mode(model: PreTra
     model.train()
     check_assumptions(SupervisedLM(model), packed=packed)
     assert model.training
+
+
+def test_attention_that_is_less_exact_than_the_weights_passes() -> None:
+    model = small(GPTNeoXForCausalLM, GPTNeoXConfig, **SMALL, intermediate_size=64).double()
+    model.set_attn_implementation("eager")
+    check_assumptions(SupervisedLM(model), packed=True)
 
 
 @pytest.mark.parametrize(
