@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mft_lightning.data.chat_format import CHAT_TEMPLATE
@@ -32,6 +33,8 @@ def load_tokenizer(
         raise UserError(f"model.pretrained_model_path: no such directory: {path}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:
+        raise contradictory(path, error) from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.tokenizer_path (default: model.pretrained_model_path): no tokenizer in {path!r} "
@@ -48,6 +51,12 @@ def load_tokenizer(
     tokenizer.pad_token = pad_token
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def contradictory(path: str, error: StrictDataclassError) -> UserError:
+    """What to tell of a model's configuration whose sizes transformers does not accept together."""
+    why = str(error).splitlines()[-1].strip()
+    return UserError(f"model.pretrained_model_path: the config.json of {path} contradicts itself ({why}).")
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:

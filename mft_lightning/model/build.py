@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mft_lightning import ranks
+from mft_lightning.data.tokenizer import contradictory
 from mft_lightning.errors import NotYetError, UserError, first_line
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
@@ -70,6 +72,8 @@ def load_config(path: str, model_type: str, trust_remote_code: bool = False) -> 
     key = "model.pretrained_model_path"
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except StrictDataclassError as error:
+        raise contradictory(path, error) from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"{key}: no model configuration in {path!r} ({first_line(error)}). Give a model directory or hub id."

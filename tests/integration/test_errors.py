@@ -174,15 +174,24 @@ def test_bad_lines_are_counted_when_skipped(
     assert "1 invalid-json, 1 overlong" in printed and "part.jsonl:8" in printed and "part.jsonl:10" in printed
 
 
-def test_no_causal_lm(refused: Callable[..., str], tmp_path: Path, tiny_model: Path) -> None:
-    model = tmp_path / "classifier"
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"architectures": ["GPTNeoXForSequenceClassification"]}, "no causal language model"),
+        ({"hidden_size": 64, "num_attention_heads": 6}, " contradicts itself (ValueError: The hidden size is not div"),
+    ],
+)
+def test_a_model_that_cannot_be_trained(
+    refused: Callable[..., str], tmp_path: Path, tiny_model: Path, changed: dict[str, object], message: str
+) -> None:
+    model = tmp_path / "model"
     model.mkdir()
     for file in tiny_model.iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     about = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(about | {"architectures": ["GPTNeoXForSequenceClassification"]}))
+    (model / "config.json").write_text(json.dumps(about | changed))
     words = ("--model.pretrained_model_path", str(model))
-    assert "no causal language model" in refused(tmp_path / "run", *words)
+    assert message in refused(tmp_path / "run", *words)
 
 
 def test_an_output_directory_that_is_a_file(refused: Callable[..., str], tmp_path: Path) -> None:
