@@ -150,7 +150,10 @@ def _join_first(store: Any, look: _Waiting) -> Any:
                     part.set(f"{_COME}/{os.environ['RANK']}", me)
                     come = True
                 if part.check([_OUTCOME]) and me in (outcome := json.loads(part.get(_OUTCOME)))["processes"]:
-                    return part if outcome["why"] is None else _end(outcome["why"])
+                    if outcome["why"] is None:
+                        return part
+                    time.sleep(HEARD)  # as rank 0 does: a launcher ends all of a host when one has ended
+                    _end(outcome["why"])
             look(partial(_absent, part))
             time.sleep(0.05)
     except (UserError, KeyboardInterrupt) as error:
@@ -237,7 +240,7 @@ def _told() -> str:
 def _end(why: str) -> NoReturn:
     """End this rank; it is told once on each host."""
     if os.environ["LOCAL_RANK"] != "0":
-        time.sleep(1)  # torchrun ends all of a host when one has ended
+        time.sleep(1)  # after the one that tells
         raise SystemExit(1)
     raise UserError(why)
 
