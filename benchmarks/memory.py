@@ -66,6 +66,7 @@ DDP, FSDP = keys(trainer__strategy="ddp"), keys(trainer__strategy="fsdp")
 TENSOR = FSDP | keys(parallel__tensor_parallel_size=2)
 TRUE, MIXED = keys(trainer__precision="bf16-true"), keys(trainer__precision="bf16-mixed")
 SMALL, MIDDLE, LARGE = model(256, 4, FEW), model(512, 6, MANY), model(768, 12, MANY)
+TIED = model(512, 6, MANY, tie_word_embeddings=True)
 # name -> the model's configuration, keys
 CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "256 x 4, packed": (SMALL, batch(8, 256)),
@@ -107,6 +108,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "512 x 6, tensor 2, activations again, 2 micro-batches": (MIDDLE, batch(8, 512, 2) | TENSOR | on(2) | AGAIN),
     "512 x 6, tensor 2, lora": (MIDDLE, batch(4, 512) | TENSOR | on(2) | LORA),
     "512 x 6, fsdp 2 x tensor 2": (MIDDLE, batch(2, 512, 1, 2) | TENSOR | on(4)),
+    "512 x 6, fsdp 2, tied, few tokens": (TIED, batch(1, 64, 1, 2) | FSDP),
+    "512 x 6, fsdp 2 x tensor 2, tied, few tokens": (TIED, batch(1, 64, 1, 2) | TENSOR | on(4)),
     "768 x 12, few tokens": (LARGE, batch(1, 256)),
     "768 x 12, packed": (LARGE, batch(2, 1024)),
     "768 x 12, activations again": (LARGE, batch(4, 1024) | AGAIN),

@@ -132,7 +132,7 @@ class _Step:
             sharded = self.layers * self.layer_trained_numel * self.held * self.share
             earlier = self.root_trained_numel * self.reduced if self.several else 0
             in_layer = sharded + earlier + self._new_gradients(of_head)
-            in_embedding = sharded + self._reducing_root()
+            in_embedding = sharded + max(self._reducing_root(), self._adding_tied() + earlier)
         elif self.several or self.setup.sharing == "ddp":  # all are there, and one is made that is added or copied
             in_layer = self.trained_numel * self.held + self._new_gradients(0)
             in_embedding = (self.trained_numel + of_rest) * self.held
@@ -190,6 +190,11 @@ class _Step:
             return copied
         shares = 2 + 1 / self.setup.data_parallel_size
         return max(copied, self.root_last_numel * summed + root * self.reduced * shares)
+
+    def _adding_tied(self) -> float:
+        """Gradients of a weight that is both embedding and head: each one's, and their sum."""
+        tied = self.head.weight is self.network.causal_lm.get_input_embeddings().weight
+        return 3 * self.head_trained_numel * self.used if tied else 0
 
     def _gathered(self, layers: int, coming: int) -> float:
         """FSDP2's whole weights: the root's, and those of layers.
