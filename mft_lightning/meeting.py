@@ -145,7 +145,8 @@ def _join_first(store: Any, look: _Waiting) -> Any:
                 part, come, told = PrefixStore(name.decode(), store), False, False
             if part is not None:
                 if not told and (why := look.fault()) is not None:
-                    told = bool(part.compare_set(_FAILED, "", why))
+                    part.compare_set(_FAILED, "", why)
+                    told = True
                 if not come:
                     part.set(f"{_COME}/{os.environ['RANK']}", me)
                     come = True
