@@ -1,3 +1,6 @@
+from mft_lightning import ranks
 from mft_lightning.cli import main
 
-raise SystemExit(main())
+code = main()
+ranks.end_launched(code)
+raise SystemExit(code)

@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from traceback import walk_tb
 from typing import Any
 
 from mft_lightning.errors import first_line
@@ -41,7 +42,13 @@ def advice(error: BaseException, arguments: Sequence[str]) -> str:
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Whether an error says that a data loader's process is gone; one that failed by itself tells of its own error."""
+    """Whether an error says that a data loader's process is gone; one that failed by itself tells of its own error.
+
+    Or it was gone when a batch that it had announced was fetched from it.
+    """
+    if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
+        files = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
+        return any(file.endswith("resource_sharer.py") for file in files)
     return isinstance(error, RuntimeError) and _LOST_WORKER.match(str(error)) is not None
 
 

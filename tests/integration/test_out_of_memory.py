@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from multiprocessing import resource_sharer
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,12 @@ def test_what_torch_says_of_a_loading_process(said: str, lost: bool) -> None:
     assert is_lost_worker(RuntimeError(said)) is lost
 
 
+def test_a_batch_that_cannot_be_fetched_is_of_a_lost_process() -> None:
+    with pytest.raises((ConnectionError, FileNotFoundError)) as lost:
+        resource_sharer._resource_sharer.get_connection(("/gone/socket", 1))
+    assert is_lost_worker(lost.value) and not is_lost_worker(ConnectionRefusedError())
+
+
 @pytest.mark.parametrize(("config", "rank"), [("full.yaml", 0), ("ddp.yaml", 1)], ids=["one process", "two ranks"])
 def test_a_loading_process_that_is_killed_ends_the_run_with_one_message(
     fit_arguments: Callable[..., list[str]], tmp_path: Path, config: str, rank: int
@@ -79,6 +86,6 @@ def test_a_loading_process_that_is_killed_ends_the_run_with_one_message(
     done = command("fit", *fit_arguments(tmp_path / "run", *words, *steps, config=config))
     assert done.returncode == 1
     begin = f"error: rank {rank}: " if rank else "error: "
-    assert done.stderr.startswith(f"{begin}a process that loads data is gone (DataLoader worker (pid"), done.stderr
+    assert done.stderr.startswith(f"{begin}a process that loads data is gone ("), done.stderr
     assert done.stderr.count("\n") == 1 and "data.num_workers" in done.stderr, done.stderr
     assert done.stderr.endswith("Go on with --ckpt_path last.\n")
