@@ -30,6 +30,7 @@ CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
