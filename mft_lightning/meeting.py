@@ -21,10 +21,14 @@ from uuid import uuid4
 
 from mft_lightning.errors import UserError, first_line
 
+BEGUN = time.monotonic()  # of this process, but for what Python needs to start
+ELASTIC = "TORCHELASTIC_RUN_ID"  # by which Lightning knows torchrun's processes
+PATIENCE = "MFT_LIGHTNING_MEETING"  # seconds in which all ranks must be there, of one who knows better
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher says, all of it
 HERE = "127.0.0.1"
 SILENCE = 30  # seconds of waiting for ranks that others start, before it is said
-MEETING = 1800  # seconds until all ranks must be there, as long as torch waits in a collective
+MEETING = 1800  # seconds until all ranks must be there where each is started by hand, as torch waits in a collective
+TOGETHER = 50  # the least where a launcher starts all at once; or ten times what this one needed to come
 HEARD = 10  # seconds in which a rank can say why it cannot meet the others, and in which all hear it, before all end
 _FIRST, _COME, _FAILED, _OUTCOME = "mft_lightning/first", "come", "failed", "outcome"
 
@@ -97,7 +101,7 @@ def meet(store: Any, meanwhile: Callable[[], None] | None, sigterms: Sequence[in
             store = _find_store(look)
         return _await_others(store, look) if os.environ["RANK"] == "0" else _join_first(store, look)
     except DistError:
-        _end(f"the place where the ranks meet was gone before all had come ({_told()}). The first host tells why.")
+        end_all(f"the place where the ranks meet was gone before all had come ({_told()}). The first host tells why.")
 
 
 def _await_others(store: Any, look: _Waiting) -> Any:
@@ -130,7 +134,7 @@ def _await_others(store: Any, look: _Waiting) -> Any:
     while time.monotonic() < until:
         time.sleep(0.5)
         say(why)  # to those who have come meanwhile
-    _end(why)
+    end_all(why)
 
 
 def _join_first(store: Any, look: _Waiting) -> Any:
@@ -154,7 +158,7 @@ def _join_first(store: Any, look: _Waiting) -> Any:
                     if outcome["why"] is None:
                         return part
                     time.sleep(HEARD)  # as rank 0 does: a launcher ends all of a host when one has ended
-                    _end(outcome["why"])
+                    end_all(outcome["why"])
             look(partial(_absent, part))
             time.sleep(0.05)
     except (UserError, KeyboardInterrupt) as error:
@@ -201,8 +205,23 @@ def _find_store(look: _Waiting) -> Any:
             look(partial(str, f": {address} cannot be reached ({error})"))
             time.sleep(0.2)
         else:
-            look.most = MEETING
+            look.most = look.patience
             return TCPStore(address, port, is_master=False, timeout=default_pg_timeout)
+
+
+def _patience() -> float:
+    """How many seconds this rank waits for the others.
+
+    torchrun and srun start all at once, and tell nobody on other hosts of one that ended before it could say so itself.
+
+    Raises:
+        UserError: ``MFT_LIGHTNING_MEETING`` is no number of seconds.
+    """
+    if said := os.environ.get(PATIENCE):
+        if not said.isdecimal() or int(said) < 1:
+            raise UserError(f"{PATIENCE}={said} is no number of seconds. Set it to one, or take it away.")
+        return int(said)
+    return max(TOGETHER, 10 * (time.monotonic() - BEGUN)) if ELASTIC in os.environ else MEETING
 
 
 class _Waiting:
@@ -211,7 +230,7 @@ class _Waiting:
     def __init__(self, meanwhile: Callable[[], None] | None, sigterms: Sequence[int]) -> None:
         self.meanwhile, self.sigterms = meanwhile, sigterms
         self.since, self.said = time.monotonic(), meanwhile is not None and not several_hosts()
-        self.most = MEETING
+        self.most = self.patience = _patience()
         self.out_of_reach = _out_of_reach() if several_hosts() else None
 
     def fault(self) -> str | None:
@@ -227,7 +246,10 @@ class _Waiting:
         if self.sigterms and waited > HEARD:  # of nobody who would hear it
             raise SystemExit(1)
         if waited > self.most:
-            raise UserError(f"not all ranks came within {self.most} seconds ({_told()}){why()}.")
+            raise UserError(
+                f"not all ranks came within {self.most:.0f} seconds ({_told()}){why()}. Their hosts tell why; "
+                f"where they only start slower, set {PATIENCE} to more seconds on all hosts."
+            )
         if waited > SILENCE and not self.said:
             line = f"waiting for the other ranks that the environment tells of ({_told()}){why()}"
             print(line, file=sys.stderr, flush=True)
@@ -238,8 +260,8 @@ def _told() -> str:
     return ", ".join(f"{name}={os.environ[name]}" for name in LAUNCHED)
 
 
-def _end(why: str) -> NoReturn:
-    """End this rank; it is told once on each host."""
+def end_all(why: str) -> NoReturn:
+    """End this rank, as all others do; it is told once on each host."""
     if os.environ["LOCAL_RANK"] != "0":
         time.sleep(1)  # after the one that tells
         raise SystemExit(1)

@@ -17,10 +17,11 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-from mft_lightning.meeting import LAUNCHED, hosted_by_launcher, meet, sigterm_noted
+from mft_lightning.errors import first_line
+from mft_lightning.meeting import ELASTIC, LAUNCHED, end_all, hosted_by_launcher, meet, sigterm_noted
 
 STARTED_BY = "MFT_LIGHTNING_STARTED_BY"  # the process that started this one as a further rank of its run
-ELASTIC = "TORCHELASTIC_RUN_ID"  # by which Lightning knows torchrun's processes
+CONNECTING = 50  # seconds in which ranks that have all come must reach each other
 GRACE = 10  # seconds to tell of it, and to end, when another rank failed or is gone
 GO_ON = " Go on with --ckpt_path last."  # a run, after an end that is not its own fault
 _FAILED, _TOLD = "mft_lightning/failed", "mft_lightning/told"
@@ -94,7 +95,28 @@ def join(store: Any = None, meanwhile: Callable[[], None] | None = None) -> None
         if dist.is_initialized():
             return
         store = dist.PrefixStore("ranks", meet(store, meanwhile, sigterms))
-    dist.init_process_group(backend(), store=store, rank=number(), world_size=int(os.environ["WORLD_SIZE"]))
+    _connect(store)
+
+
+def _connect(store: Any) -> None:
+    """Make the group of all ranks, which have come; one that is killed meanwhile is not waited for long.
+
+    Raises:
+        UserError: they cannot reach each other.
+    """
+    import torch.distributed as dist
+    from torch.distributed.constants import default_pg_timeout
+
+    own: dict[str, Any] = {"rank": number(), "world_size": int(os.environ["WORLD_SIZE"])}
+    try:
+        dist.init_process_group(backend(), store=store, timeout=timedelta(seconds=CONNECTING), **own)
+    except (dist.DistError, RuntimeError) as error:
+        end_all(
+            f"the ranks had all come, but could not be connected ({first_line(error)}). One was lost, and its host "
+            "tells why; or a network interface is not the one that leads to the others: set GLOO_SOCKET_IFNAME."
+        )
+    # no public way leads there: torch/distributed/distributed_c10d.py in 2.13
+    dist.distributed_c10d._set_pg_timeout(default_pg_timeout)
 
 
 def wait_for_all(place: str) -> None:

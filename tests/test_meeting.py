@@ -107,6 +107,43 @@ def test_a_meeting_place_that_no_host_has_is_told_by_every_rank() -> None:
 # As if each of the two ranks were on a host of its own, and another one that never comes.
 HOSTS = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}
 PATIENT = STARTED.format(seconds="5, 3600, 1")
+LOST_AS_ALL_CONNECT = """
+import os, sys
+from mft_lightning import cli, ranks
+ranks.CONNECTING = 3
+if os.environ["RANK"] == "1":
+    ranks._connect = lambda store: os._exit(9)
+sys.exit(cli.main(["fit"]))
+"""
+
+
+def test_what_a_launcher_starts_at_once_is_not_waited_for_long() -> None:
+    """torchrun tells no host of a rank that ends on another one before it can say so."""
+    together = STARTED.replace("meeting.MEETING", "meeting.TOGETHER")
+    launched = {**HOSTS, "TORCHELASTIC_RUN_ID": "own"}
+    (told,) = told_by(ranks := start(together.format(seconds="1, 1, 1"), "127.0.0.1", {}, **launched))
+    assert ranks[0].returncode == 1
+    waiting, error = told.splitlines()
+    assert waiting.startswith("waiting for the other ranks")
+    seconds = int(error.removeprefix("error: not all ranks came within ").split()[0])
+    assert seconds > 1  # ten times what the import of torch took
+    assert (
+        "not there: rank 1, 2. Their hosts tell why; where they only start slower, set MFT_LIGHTNING_MEETING" in error
+    )
+
+
+def test_how_long_a_launcher_s_ranks_are_waited_for_can_be_said() -> None:
+    launched = {**HOSTS, "TORCHELASTIC_RUN_ID": "own"}
+    (told,) = told_by(start(PATIENT, "127.0.0.1", {}, **launched, MFT_LIGHTNING_MEETING="1"))
+    assert "not all ranks came within 1 seconds" in told
+    (told,) = told_by(start(PATIENT, "127.0.0.1", {}, **launched, MFT_LIGHTNING_MEETING="1 min"))
+    assert "error: MFT_LIGHTNING_MEETING=1 min is no number of seconds." in told
+
+
+def test_a_rank_that_is_lost_as_all_connect_ends_the_others() -> None:
+    told = told_by(ranks := start(LOST_AS_ALL_CONNECT, "127.0.0.1"))
+    assert [rank.returncode for rank in ranks] == [1, 9]
+    assert "error: the ranks had all come, but could not be connected (" in told[0]
 
 
 def test_a_rank_that_gloo_would_not_find_is_told_by_all() -> None:

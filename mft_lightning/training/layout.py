@@ -47,7 +47,7 @@ def find_layout(accelerator: Any, devices: Any, num_nodes: int) -> Layout:
     local, world = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     count = local if devices == "auto" else _count(accelerator, devices, num_nodes)
     nodes = max(1, world // local)
-    by_srun = os.environ[ranks.ELASTIC].startswith("slurm-")
+    by_srun = os.environ[meeting.ELASTIC].startswith("slurm-")
     launcher, per_node, on = (
         ("srun", "--ntasks-per-node", "--nodes") if by_srun else ("torchrun", "--nproc-per-node", "--nnodes")
     )
@@ -96,8 +96,8 @@ def slurm_task() -> list[SLURMEnvironment]:
 
 def _check_environment() -> None:
     """Refuse what is left of a launcher's variables; else libraries take this process for a rank that it is not."""
-    given = {name: os.environ[name] for name in (ranks.ELASTIC, *meeting.LAUNCHED) if name in os.environ}
-    telling = given.keys() & {ranks.ELASTIC, "RANK", "LOCAL_RANK"}
+    given = {name: os.environ[name] for name in (meeting.ELASTIC, *meeting.LAUNCHED) if name in os.environ}
+    telling = given.keys() & {meeting.ELASTIC, "RANK", "LOCAL_RANK"}
     missing = [name for name in meeting.LAUNCHED if not given.get(name)]
     if telling and missing and not SLURMEnvironment.detect():
         raise UserError(

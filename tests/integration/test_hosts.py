@@ -26,12 +26,13 @@ KILLED_AT_ITS_START = """
 import os, signal, sys, time
 from pathlib import Path
 begun, rank = Path(__file__).with_name("begun"), os.environ["RANK"]
+last = str(int(os.environ["WORLD_SIZE"]) - 1)
 class Watch:
     def find_spec(self, name, *given):
-        if name == "torch" and rank == "2":
+        if name == "torch" and rank == str(int(last) - 1):
             begun.touch()
 sys.meta_path.insert(0, Watch())
-while rank == "3":
+while rank == last:
     if begun.exists():
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.1)
@@ -173,3 +174,15 @@ def test_a_rank_that_is_killed_while_it_starts_ends_those_of_the_other_host(tmp_
     (error,) = [line for line in launch.printed(0).splitlines() if line.startswith("error: ")]
     assert error.startswith("error: on the host two, rank 2: ended by SIGTERM before all ranks had met.")
     assert "Signal 9 (SIGKILL)" in launch.printed(1)  # in torchrun's words
+
+
+def test_a_host_whose_only_rank_is_killed_while_it_starts_ends_the_other(tmp_path: Path) -> None:
+    """Of which it hears from nobody, so that it waits; for a minute on its own, here for less."""
+    (tmp_path / "start.py").write_text(KILLED_AT_ITS_START)
+    with two_hosts(tmp_path) as hosts:
+        words = [str(tmp_path / "start.py")]
+        launch = Launch(hosts, words, tmp_path, PYTHONPATH=str(ROOT), MFT_LIGHTNING_MEETING="10")
+        assert launch.codes() == [1, 1]
+    (error,) = [line for line in launch.printed(0).splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: not all ranks came within 10 seconds") and ": not there: rank 1." in error
+    assert "Signal 9 (SIGKILL)" in launch.printed(1)
