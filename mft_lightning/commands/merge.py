@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from mft_lightning.aside import written_aside
 from mft_lightning.commands.loading import DTYPES, load_model
+from mft_lightning.data.tokenizer import save_tokenizer
 from mft_lightning.errors import UserError
 from mft_lightning.key_errors import parse
 from mft_lightning.model.build import is_adapter
@@ -44,7 +45,7 @@ def merge(argv: list[str]) -> None:
         with written_aside(output) as aside:
             aside.mkdir()
             save_causal_lm(merged, merged.state_dict(), aside)
-            loaded.tokenizer.save_pretrained(aside)
+            save_tokenizer(loaded.tokenizer, aside)
             if (adapter / METADATA).is_file():  # how it was trained; it holds what the prompt's encoder needs to know
                 write_metadata(aside, read_metadata(adapter))
     except OSError as error:

@@ -20,7 +20,7 @@ CHAT_TEMPLATE = """\
         {{- '<|role_start|>human<|role_end|>' + message['content'] -}}
     {%- elif message['role'] in ['bot', 'assistant'] -%}
         {{- '<|role_start|>bot<|role_end|>' -}}
-        {%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}
+        {% generation %}{{- message['content'] + eos_token -}}{% endgeneration %}
     {%- else -%}
         {{- raise_exception('unknown role: ' + message['role']) -}}
     {%- endif -%}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from mft_lightning.data.chat_format import CHAT_TEMPLATE
 from mft_lightning.errors import UserError, first_line
@@ -63,3 +64,17 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Tells tokenizers apart that differ in a token, in its number, or in which ones end and pad."""
     said = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token, tokenizer.pad_token]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a tokenizer with its chat template, for transformers 4 too.
+
+    Which does not know the name that transformers 5 gives a class without a name of its own
+    (https://github.com/huggingface/transformers/issues/47553); transformers 5 knows both names for it.
+    """
+    tokenizer.save_pretrained(directory)
+    file = directory / TOKENIZER_CONFIG_FILE
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config["tokenizer_class"] == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.base import base_digest
+from mft_lightning.model.config_file import add_older_names
 from mft_lightning.model.weight_files import MODEL_SHARDS, ShardFiles
 from mft_lightning.model.weights import sketch
 
@@ -84,6 +85,7 @@ def _save_through(model: PreTrainedModel, state: dict[str, Tensor], directory: P
     # gathered one by one, tied weights no longer share the memory by which transformers knows them
     once = {name: tensor for name, tensor in state.items() if name not in model.all_tied_weights_keys}
     model.save_pretrained(directory, state_dict=once)
+    add_older_names(directory)
     _open_to_others(directory)
 
 
@@ -97,6 +99,7 @@ def save_base(model: PreTrainedModel, base: Mapping[str, Tensor], directory: Pat
     """
     own = twin(model)
     own.save_pretrained(directory, state_dict={})  # configuration and generation config
+    add_older_names(directory)
     places, state = {_place(own, name): name for name in base}, own.state_dict()
     write_parts({place: state[name] for place, name in places.items()}, lambda place: base[places[place]], directory)
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from mft_lightning.aside import written_aside
 from mft_lightning.data.place import data_parallel_place
+from mft_lightning.data.tokenizer import save_tokenizer
 from mft_lightning.errors import UserError
 from mft_lightning.model.base import holds
 from mft_lightning.model.export import save_base, save_causal_lm
@@ -185,4 +186,4 @@ class RandomBase(L.Callback):
                 save_causal_lm(model, dict(base), aside)
             else:
                 save_base(model, base, aside)
-            module.datamodule.tokenizer.save_pretrained(aside)
+            save_tokenizer(module.datamodule.tokenizer, aside)

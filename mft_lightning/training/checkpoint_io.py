@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 import mft_lightning
 from mft_lightning.aside import aside_of, remove_directory, written_aside
+from mft_lightning.data.tokenizer import save_tokenizer
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.export import ModelWriter
 from mft_lightning.model.module import NETWORK, MFTModule
@@ -96,7 +97,7 @@ class HFCheckpointIO(CheckpointIO):
         assert network is not None
         self._write_model = ModelWriter(network.model)
         with tempfile.TemporaryDirectory() as folder:
-            self.module.datamodule.tokenizer.save_pretrained(folder)
+            save_tokenizer(self.module.datamodule.tokenizer, Path(folder))
             network.causal_lm.generation_config.save_pretrained(folder)
             self._files = {file.name: _compact(file) for file in Path(folder).iterdir()}
         datamodule = self.module.datamodule
