@@ -41,35 +41,41 @@ def open_weights(path: str) -> TensorFiles:
         one of ``UNREADABLE``: there are none, or they are damaged.
     """
     shards = Path(path) / MODEL_SHARDS
-    return ShardFiles(shards) if shards.is_dir() else WholeFiles(path)
+    return ShardFiles(shards) if shards.is_dir() else WholeFiles(_find(path))
 
 
 class WholeFiles:
     """Safetensors or else PyTorch files, one or several.
 
+    A file of safetensors is opened for every tensor anew: it is mapped into memory, where what was ever read of it
+    would count as this process's for as long as it is open.
+
     Args:
-        path: a model directory or hub id.
+        files: of one model.
     """
 
-    def __init__(self, path: str) -> None:
-        self._open: dict[str, Any] = {}
-        for file in _find(path):
+    def __init__(self, files: list[Path]) -> None:
+        self._mapped: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        self._loaded: dict[str, Tensor] = {}
+        for file in files:
             if file.suffix == ".safetensors":
-                opened = safe_open(file, framework="pt")
-                self._open |= dict.fromkeys(opened.keys(), opened)
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118  # no mapping, but safetensors' own
+                        self._mapped[name] = file, tuple(opened.get_slice(name).get_shape())
             else:
-                self._open |= _loaded(file)
+                self._loaded |= _loaded(file)
 
     def names(self) -> list[str]:
-        return list(self._open)
+        return [*self._mapped, *self._loaded]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        found = self._open[name]
-        return tuple(found.shape if isinstance(found, Tensor) else found.get_slice(name).get_shape())
+        return self._mapped[name][1] if name in self._mapped else tuple(self._loaded[name].shape)
 
     def read(self, name: str) -> Tensor:
-        found = self._open[name]
-        return found if isinstance(found, Tensor) else found.get_tensor(name)
+        if name not in self._mapped:
+            return self._loaded[name]
+        with safe_open(self._mapped[name][0], framework="pt") as opened:
+            return opened.get_tensor(name)
 
 
 class ShardFiles:
