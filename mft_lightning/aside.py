@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 UNFINISHED = ".unfinished"  # ends the name of what is being written or removed; a killed process leaves it
@@ -24,8 +24,10 @@ def written_aside(path: Path, *, replace_directory: bool = False) -> Iterator[Pa
         A path beside it, on which nothing is; the block makes a file or a directory there.
 
     Raises:
-        OSError: it cannot be written, synced or renamed. ``path`` is as it was, and nothing is left beside it.
+        OSError: it cannot be written, synced or renamed. ``path`` is as it was, and nothing is left beside it
+            or of parents that were not there.
     """
+    missing = [parent for parent in path.parents if not parent.exists()]  # the innermost first
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(path)
     _remove(aside)
@@ -38,6 +40,9 @@ def written_aside(path: Path, *, replace_directory: bool = False) -> Iterator[Pa
             aside.replace(path)
     except BaseException:
         _remove(aside)
+        with suppress(OSError):  # something else is in one by now
+            for parent in missing:
+                parent.rmdir()
         raise
     sync(path.parent)
 

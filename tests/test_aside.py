@@ -79,3 +79,17 @@ def test_a_directory_that_is_there_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="not empty"):
         write_parts(tmp_path / "directory")
     assert [path.name for path in tmp_path.iterdir()] == ["directory"]
+
+
+def test_a_failure_leaves_no_parent_that_was_not_there_and_no_parent_of_others(tmp_path: Path) -> None:
+    def fail_at(path: Path, beside: str | None = None) -> None:
+        with pytest.raises(OSError, match="full"), written_aside(path) as aside:
+            aside.mkdir()
+            if beside is not None:
+                (path.parent / beside).write_text("mine")
+            raise OSError("full")
+
+    fail_at(tmp_path / "new" / "newer" / "directory")
+    assert not list(tmp_path.iterdir())
+    fail_at(tmp_path / "new" / "newer" / "directory", beside="file")
+    assert [path.name for path in (tmp_path / "new" / "newer").iterdir()] == ["file"]
