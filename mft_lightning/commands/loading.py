@@ -45,19 +45,7 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
     Raises:
         UserError: the directory is no model, or its base is gone or is not the one the adapter was trained on.
     """
-    if not directory.is_dir():
-        raise UserError(f"{key} {directory}: is no directory. Give a checkpoint, like OUTPUT_DIR/step-00000100.")
-    if not is_adapter(directory) and not (directory / "config.json").is_file():
-        raise UserError(f"{key} {directory}: holds no model. Give a checkpoint, like OUTPUT_DIR/step-00000100.")
-    if (directory / MODEL_SHARDS).is_dir():
-        raise UserError(
-            f"{key} {directory}: is a sharded checkpoint. Make a model of it with python -m mft_lightning consolidate "
-            f"--checkpoint {directory} --output DIR."
-        )
-    metadata = None
-    if (directory / METADATA).is_file():
-        verify_weights(directory)
-        metadata = read_metadata(directory)
+    metadata = checked_metadata(directory, key)
     if is_adapter(directory):
         model = _with_adapter(directory, key, base, metadata)
         with unsaved_buffers_kept(model):
@@ -69,6 +57,34 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
     return LoadedModel(model.eval(), tokenizer, ChatFormat(tokenizer, normalize_punctuation=normalize))
 
 
+def checked_metadata(directory: Path, key: str) -> dict[str, Any] | None:
+    """What ``checkpoint.json`` says of a full model or an adapter, once its weights are known to be as written.
+
+    Args:
+        directory: the model or adapter.
+        key: the command-line key that named it, for messages.
+
+    Returns:
+        None of a directory that comes from elsewhere.
+
+    Raises:
+        UserError: the directory is no model, or damaged, or a sharded checkpoint.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{key} {directory}: is no directory. Give a checkpoint, like OUTPUT_DIR/step-00000100.")
+    if not is_adapter(directory) and not (directory / "config.json").is_file():
+        raise UserError(f"{key} {directory}: holds no model. Give a checkpoint, like OUTPUT_DIR/step-00000100.")
+    if (directory / MODEL_SHARDS).is_dir():
+        raise UserError(
+            f"{key} {directory}: is a sharded checkpoint. Make a model of it with python -m mft_lightning consolidate "
+            f"--checkpoint {directory} --output DIR."
+        )
+    if not (directory / METADATA).is_file():
+        return None
+    verify_weights(directory)
+    return read_metadata(directory)
+
+
 def _pretrained(path: Path | str, where: str, dtype: str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
@@ -78,10 +94,7 @@ def _pretrained(path: Path | str, where: str, dtype: str) -> Any:
 
 def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[str, Any] | None) -> Any:
     """The adapter on its base, in the dtype it was trained in, if the base is bit for bit the one of that run."""
-    found = _base_of(directory, key) if base is None else base
-    where = f"{key} {directory}: its base {found}" if base is None else f"--base {found}"
-    if found.startswith(("/", ".", "~")) and not Path(found).expanduser().is_dir():
-        raise UserError(f"{where}: is no directory.")
+    found, where = base_of(directory, key, base)
     from peft import PeftModel  # here for the start-up time of asking a full model
 
     model = _pretrained(found, where, adapter_dtype(directory))
@@ -98,9 +111,30 @@ def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[st
     return model
 
 
-def _base_of(directory: Path, key: str) -> str:
+def base_of(directory: Path, key: str, given: str | None = None) -> tuple[str, str]:
+    """The base of an adapter: a directory or hub id, and what messages call it.
+
+    Args:
+        directory: of the adapter.
+        key: the command-line key that named it, for messages.
+        given: the base to take in place of the one it names.
+
+    Raises:
+        UserError: the adapter names none, or it is not there.
+    """
+    found = _named_base(directory, key) if given is None else given
+    where = f"{key} {directory}: its base {found}" if given is None else f"--base {found}"
+    path = Path(found).expanduser()
+    if found.startswith(("/", ".", "~")) and not path.is_dir():
+        raise UserError(f"{where}: is no directory.")
+    return str(path) if found.startswith("~") else found, where
+
+
+def _named_base(directory: Path, key: str) -> str:
     """The base that an adapter names; of a moved run with a random base, the one that moved along."""
     named, beside = adapter_base(directory), directory.parent / "base"
+    if not isinstance(named, str):
+        raise UserError(f"{key} {directory}: its adapter_config.json names no base. Give one with --base.")
     if not Path(named).is_absolute() or Path(named).is_dir():
         return named
     if Path(named).name == "base" and beside.is_dir():

@@ -279,6 +279,14 @@ def is_adapter(directory: Path) -> bool:
     return (directory / "adapter_config.json").is_file()
 
 
-def adapter_base(directory: Path) -> str:
-    """The base model that a saved adapter names."""
-    return json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+def adapter_base(directory: Path) -> object:
+    """The base model that a saved adapter names, if it names one.
+
+    Raises:
+        UserError: its configuration is damaged.
+    """
+    file = directory / "adapter_config.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: cannot be read ({first_line(error)}).") from error
