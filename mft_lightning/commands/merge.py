@@ -2,52 +2,175 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from mft_lightning.aside import written_aside
-from mft_lightning.commands.loading import DTYPES, load_model
+from mft_lightning.bars import WorkBar
+from mft_lightning.commands.loading import DTYPES, base_of, checked_metadata
 from mft_lightning.data.tokenizer import save_tokenizer
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, first_line
 from mft_lightning.key_errors import parse
+from mft_lightning.model.base import base_digest
 from mft_lightning.model.build import is_adapter
-from mft_lightning.model.export import save_causal_lm
+from mft_lightning.model.export import adapter_dtype, save_base
+from mft_lightning.model.merging import MergedWeights, read_base
+from mft_lightning.model.weights import Weights
 from mft_lightning.quiet import quieten
-from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, write_metadata
+from mft_lightning.training.checkpoint_dirs import write_metadata
+
+MADE_OF = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".md")  # the files of a model directory
 
 
 def merge(argv: list[str]) -> None:
     """Write base + adapter as a Hugging Face model directory, with the tokenizer and its chat template."""
     quieten()
+    options = _options(argv)
+    adapter, output = Path(options.adapter).expanduser(), Path(options.output).expanduser()
+    if not options.overwrite and output.exists():
+        raise UserError(f"--output {output}: is there already. Give a new directory, or --overwrite.")
+    metadata = checked_metadata(adapter, "--adapter")
+    if not is_adapter(adapter):
+        raise UserError(f"--adapter {adapter}: holds no adapter; a full checkpoint is a whole model as it is.")
+    path, where = base_of(adapter, "--adapter", options.base)
+    if output.exists():
+        _check_replaceable(output, {f"--adapter {adapter}": adapter, where: Path(path)})
+    trained_in = None if metadata is None else getattr(torch, adapter_dtype(adapter))
+    base = read_base(path, trained_in, where)
+    dtype = base.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    merged = MergedWeights(adapter, base, dtype, torch.device(options.device), f"--adapter {adapter}")
+    _check_base(base, metadata, where, adapter)
+    model, tokenizer = merged.model, _tokenizer(adapter, path)
+    if metadata is not None and tokenizer is not None:
+        model.config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config = _generation_config(adapter, path) or model.generation_config
+    if model.config.tie_word_embeddings != base.model.config.tie_word_embeddings:
+        print("note: the adapter parts the embeddings from the head; the merged model has both.", file=sys.stderr)
+    try:
+        with written_aside(output, replace_directory=options.overwrite) as aside:
+            aside.mkdir()
+            with WorkBar("merging", _bytes(merged), "tensors") as bar:
+                save_base(model, Watched(merged, bar), aside)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, aside)
+            if metadata is not None:  # how it was trained; it holds what the prompt's encoder needs to know
+                write_metadata(aside, metadata)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--output {output}: cannot be written ({first_line(error)}).") from error
+    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    print(f"merged model: {output} ({str(dtype).removeprefix('torch.')}, {size / 1e6:,.1f} MB)")
+
+
+def _options(argv: list[str]) -> Namespace:
     parser = ArgumentParser(prog="python -m mft_lightning merge", exit_on_error=False)
-    parser.add_argument("--adapter", type=str, required=True, help="Checkpoint of a LoRA run.")
+    parser.add_argument("--adapter", type=str, required=True, help="Checkpoint of a LoRA run, or any LoRA adapter.")
     parser.add_argument("--output", type=str, required=True, help="The new directory.")
     parser.add_argument("--base", type=str, help="Base model. Default: the one the adapter names.")
     parser.add_argument(
-        "--dtype", type=str, default="auto", help=f"Of the merged weights: {', '.join(DTYPES)}. auto: as trained."
+        "--dtype",
+        type=str,
+        default="auto",
+        help=f"Of the merged weights: {', '.join(DTYPES)}. auto: as trained. They are computed in float32.",
     )
+    parser.add_argument("--device", type=str, default="cpu", help="That computes: cpu, cuda.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace a model directory that is there.")
     options = parse(parser, argv)
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype: {options.dtype!r} is none of {', '.join(DTYPES)}.")
-    adapter, output = Path(options.adapter).expanduser(), Path(options.output).expanduser()
-    if output.exists():
-        raise UserError(f"--output {output}: is there already. Give a new directory.")
-    if (adapter / "config.json").is_file() and not is_adapter(adapter):
-        raise UserError(f"--adapter {adapter}: holds no adapter; a full checkpoint is a whole model as it is.")
-    loaded = load_model(adapter, "--adapter", base=options.base)
-    merged: Any = loaded.model.merge_and_unload()
-    if options.dtype != "auto":
-        merged = merged.to(getattr(torch, options.dtype))
     try:
-        with written_aside(output) as aside:
-            aside.mkdir()
-            save_causal_lm(merged, merged.state_dict(), aside)
-            save_tokenizer(loaded.tokenizer, aside)
-            if (adapter / METADATA).is_file():  # how it was trained; it holds what the prompt's encoder needs to know
-                write_metadata(aside, read_metadata(adapter))
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error}).") from error
-    print(f"merged model: {output} ({str(merged.dtype).removeprefix('torch.')})")
+        if torch.empty(0, device=options.device).is_meta:
+            raise UserError("--device meta: computes nothing. Use cpu or cuda.")
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {options.device}: {first_line(error)}") from error
+    return options
+
+
+def _check_replaceable(output: Path, inputs: Mapping[str, Path]) -> None:
+    """Refuse to replace what is no model directory, or what the model is made from.
+
+    Args:
+        output: the directory that is there.
+        inputs: directories to be read, by what messages call them.
+    """
+    there = output.resolve()
+    for name, path in inputs.items():
+        if path.resolve().is_relative_to(there):
+            raise UserError(f"--output {output}: holds what is merged ({name}). Give another directory.")
+    if output.is_symlink() or not (output / "config.json").is_file():
+        raise UserError(f"--overwrite: {output} is no model directory. Give another --output, or remove it yourself.")
+    for entry in sorted(output.iterdir()):
+        if not entry.is_file() or entry.suffix not in MADE_OF:
+            raise UserError(
+                f"--overwrite: {output} holds {entry.name}, which is no part of a model. Give another --output, or "
+                "remove it yourself."
+            )
+
+
+def _check_base(base: Weights, metadata: dict[str, Any] | None, where: str, adapter: Path) -> None:
+    """Refuse another base than the adapter's, told by its digest."""
+    trained_on = None if metadata is None else metadata["fingerprint"].get("frozen base (digest)")
+    if trained_on is None:
+        print(f"note: {adapter} does not say which base it was trained on; {where} is not checked.", file=sys.stderr)
+        return
+    with WorkBar("checking the base", _bytes(base), "tensors") as bar:
+        here = base_digest(Watched(base, bar))
+    if here != trained_on:
+        raise UserError(
+            f"{where}: is not the base that {adapter.name} was trained on (digest {here}, trained on {trained_on}). "
+            "Give the base of that run."
+        )
+
+
+def _tokenizer(adapter: Path, base: str) -> PreTrainedTokenizerBase | None:
+    """The adapter's tokenizer, or else its base's, as it is."""
+    own = any((adapter / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    try:
+        return AutoTokenizer.from_pretrained(adapter if own else base)
+    except (OSError, ValueError) as error:
+        if own:
+            raise UserError(f"--adapter {adapter}: its tokenizer cannot be loaded ({first_line(error)}).") from error
+        print(f"note: the merged model has no tokenizer: neither the adapter has one nor {base}.", file=sys.stderr)
+        return None
+
+
+def _generation_config(adapter: Path, base: str) -> GenerationConfig | None:
+    """The adapter's, or else its base's, if that has one."""
+    if (adapter / GENERATION_CONFIG_NAME).is_file():
+        return GenerationConfig.from_pretrained(adapter)
+    with suppress(OSError):
+        return GenerationConfig.from_pretrained(base)
+    return None
+
+
+def _bytes(weights: Weights) -> int:
+    state = weights.model.state_dict()
+    return sum(state[name].nbytes for name in weights)
+
+
+class Watched(Mapping[str, Tensor]):
+    """Weights that tell a bar of each that is asked for."""
+
+    def __init__(self, weights: Weights, bar: WorkBar) -> None:
+        self.weights, self.bar, self.done = weights, bar, 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.weights[name]
+        self.done += value.nbytes
+        self.bar.reach(self.done, 1)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)

@@ -34,6 +34,19 @@ class TensorFiles(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # peft's, the second of versions before 0.5
+
+
+def open_adapter(directory: Path) -> TensorFiles:
+    """The tensors of a saved adapter, by peft's names.
+
+    Raises:
+        one of ``UNREADABLE``: there are none, or they are damaged.
+    """
+    found = [directory / name for name in ADAPTER_FILES if (directory / name).is_file()]
+    return WholeFiles(found[:1] or [directory / ADAPTER_FILES[0]])
+
+
 def open_weights(path: str) -> TensorFiles:
     """The weights of a model directory or hub id, or of a sharded checkpoint.
 

@@ -124,10 +124,8 @@ class StoredWeights(Weights):
         try:
             self._files = open_weights(path)
         except UNREADABLE as error:
-            raise UserError(
-                f"{self.where}: the weights cannot be loaded ({first_line(error)}). For a model without weights set "
-                "model.init: random."
-            ) from error
+            hint = " For a model without weights set model.init: random." if where is None else ""
+            raise UserError(f"{self.where}: the weights cannot be loaded ({first_line(error)}).{hint}") from error
         expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._places = {name: place for place, name in live_names(self._files.names(), model) if name in expected}
         missing = sorted(expected.keys() - self._places.keys() - model.all_tied_weights_keys.keys())

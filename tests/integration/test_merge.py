@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft_lightning.cli import main
 from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.export import adapter_dtype
 from mft_lightning.training.checkpoint_dirs import read_metadata
-from tests.integration.conftest import everything, same_weights, weights
+from tests.integration.conftest import everything, same_weights, weights, written_again
 
 PROMPT = "Write a test for this function:\n\ndef check_size(size):\n    return size != 7"
 IDS = torch.arange(2, 62).view(2, 30)
@@ -127,7 +130,7 @@ def test_the_merged_weights_may_be_of_another_dtype(
 ) -> None:
     output = tmp_path / "merged"
     assert main(["merge", "--adapter", str(adapter), "--output", str(output), "--dtype", dtype]) == 0
-    assert f"{output} ({dtype})" in capsys.readouterr().out
+    assert f"{output} ({dtype}, " in capsys.readouterr().out
     found, exact = weights(output), weights(merged)
     wanted = getattr(torch, dtype)
     assert all(torch.equal(found[name], tensor.to(wanted)) for name, tensor in exact.items())
@@ -143,11 +146,11 @@ def test_an_adapter_trained_in_bfloat16_is_merged_in_it(
     assert adapter_dtype(adapter) == "bfloat16"
     capsys.readouterr()
     assert main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
-    assert "(bfloat16)" in capsys.readouterr().out
+    assert "(bfloat16, 0.1 MB)" in capsys.readouterr().out
     base = AutoModelForCausalLM.from_pretrained(adapter.parent / "base", dtype=torch.bfloat16)
-    expected: Any = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).merge_and_unload()
-    expected.save_pretrained(tmp_path / "theirs")
-    assert same_weights(tmp_path / "merged", tmp_path / "theirs")
+    exact: Any = PeftModel.from_pretrained(base, adapter, autocast_adapter_dtype=False).float().merge_and_unload()
+    exact.to(torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    assert same_weights(tmp_path / "merged", tmp_path / "rounded")
 
 
 def test_the_base_of_a_moved_run_may_be_given(adapter: Path, merged: Path, tmp_path: Path) -> None:
@@ -258,7 +261,7 @@ def test_an_output_below_a_file_is_refused(refuse: Callable[..., str], adapter: 
 def test_a_write_that_fails_halfway_is_no_model_and_can_be_repeated(
     adapter: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full_disk(model: object, state: object, directory: Path) -> None:
+    def full_disk(model: object, base: object, directory: Path) -> None:
         (directory / "config.json").write_text("{}")
         (directory / "left.txt").write_text("left")
         raise OSError("No space left on device")
@@ -266,7 +269,7 @@ def test_a_write_that_fails_halfway_is_no_model_and_can_be_repeated(
     output = tmp_path / "merged"
     asked = ["merge", "--adapter", str(adapter), "--output", str(output)]
     with monkeypatch.context() as patched:
-        patched.setattr("mft_lightning.commands.merge.save_causal_lm", full_disk)
+        patched.setattr("mft_lightning.commands.merge.save_base", full_disk)
         assert main(asked) == 1
     assert f"--output {output}: cannot be written (No space left on device)" in capsys.readouterr().err
     assert not output.exists()
@@ -277,6 +280,127 @@ def test_a_write_that_fails_halfway_is_no_model_and_can_be_repeated(
 def test_a_write_that_fails_leaves_nothing(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert "cannot be written" in refuse(adapter=adapter, output=tmp_path / "link")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
+    refuse: Callable[..., str], tmp_path: Path, device: str
+) -> None:
+    assert refuse("--device", device, adapter=tmp_path / "nowhere").startswith(f"error: --device {device}: ")
+
+
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_written(
+    refuse: Callable[..., str], adapter: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "run" / adapter.name
+    shutil.copytree(adapter, broken)
+    file, name = broken / "adapter_model.safetensors", "gpt_neox.layers.1.attention.dense"
+    tensors = load_file(file)
+    tensors[f"base_model.model.{name}.lora_B.weight"][0, 0] = torch.nan
+    save_file(tensors, file)
+    written_again(broken)
+    assert f"--adapter {broken}: merged, {name}.weight is not finite" in refuse(
+        "--base", str(adapter.parent / "base"), adapter=broken
+    )
+
+
+def test_a_sharded_checkpoint_is_for_consolidate(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
+    sharded = tmp_path / "run" / adapter.name
+    shutil.copytree(adapter, sharded)
+    (sharded / "shards" / "model").mkdir(parents=True)
+    assert f"consolidate --checkpoint {sharded}" in refuse(adapter=sharded)
+
+
+# --- an adapter that was trained elsewhere
+
+
+def test_an_adapter_from_elsewhere_is_merged_and_its_base_is_said_to_be_unchecked(
+    adapter: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is what peft writes, and the tokenizer is with its base."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, bare / name)
+    base = tmp_path / "base"
+    shutil.copytree(adapter.parent / "base", base)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(base)
+    capsys.readouterr()
+    asked = ["merge", "--adapter", str(bare), "--base", str(base), "--output", str(tmp_path / "merged")]
+    assert main(asked) == 0
+    assert capsys.readouterr().err == (
+        f"note: {bare} does not say which base it was trained on; --base {base} is not checked.\n"
+    )
+    assert same_weights(tmp_path / "merged", merged) and not (tmp_path / "merged" / "checkpoint.json").exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "{{ messages }}"
+
+
+def test_an_adapter_that_names_no_base_needs_one(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
+    nameless = tmp_path / "run" / adapter.name
+    shutil.copytree(adapter, nameless)
+    config = nameless / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
+    assert "names no base. Give one with --base" in refuse(adapter=nameless)
+    config.write_text("{")
+    assert f"{config}: cannot be read" in refuse(adapter=nameless)
+
+
+# --- --overwrite
+
+
+def test_a_model_that_is_there_is_replaced_when_asked(adapter: Path, merged: Path, full: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    shutil.copytree(full, output, ignore=shutil.ignore_patterns("trainer.pt"))
+    (output / "merges.txt").write_text("of another tokenizer")
+    assert main(["merge", "--adapter", str(adapter), "--output", str(output), "--overwrite"]) == 0
+    assert same_weights(output, merged) and {path.name for path in tmp_path.iterdir()} == {"model"}
+    assert {path.name for path in output.iterdir()} == {path.name for path in merged.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["file", "empty directory", "no model", "more than a model", "link"])
+def test_what_is_no_model_is_not_replaced(
+    refuse: Callable[..., str], adapter: Path, merged: Path, full: Path, tmp_path: Path, kind: str
+) -> None:
+    output = tmp_path / "taken"
+    if kind == "file":
+        output.write_text("mine")
+    elif kind == "link":
+        shutil.copytree(merged, tmp_path / "model")
+        output.symlink_to(tmp_path / "model")
+    elif kind == "more than a model":
+        shutil.copytree(full, output)
+    else:
+        output.mkdir()
+        if kind == "no model":
+            (output / "letters.txt").write_text("mine")
+    message = refuse("--overwrite", adapter=adapter, output=output)
+    assert message.startswith(f"error: --overwrite: {output} ")
+    assert ("holds trainer.pt" if kind == "more than a model" else "is no model directory") in message
+
+
+def test_what_is_merged_is_not_replaced(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(adapter, run / adapter.name)
+    shutil.copytree(adapter.parent / "base", run / "base")
+    given = ("--overwrite", "--base", str(run / "base"))
+    for output in (run, run / adapter.name, run / "base", run / "base" / ".." / "base"):
+        message = refuse(*given, adapter=run / adapter.name, output=output)
+        assert message.startswith(f"error: --output {output}: holds what is merged (")
+
+
+def test_the_old_model_stays_where_the_new_one_fails(
+    refuse: Callable[..., str], adapter: Path, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(model: object, base: object, directory: Path) -> None:
+        raise SafetensorError("No space left on device")
+
+    output = tmp_path / "model"
+    shutil.copytree(merged, output)
+    monkeypatch.setattr("mft_lightning.commands.merge.save_base", full_disk)
+    assert "cannot be written (No space left" in refuse("--overwrite", adapter=adapter, output=output)
+    assert same_weights(output, merged)
 
 
 # --- the digest of a base
