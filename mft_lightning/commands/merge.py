@@ -44,29 +44,19 @@ def merge(argv: list[str]) -> None:
         raise UserError(f"--adapter {adapter}: holds no adapter; a full checkpoint is a whole model as it is.")
     path, where = base_of(adapter, "--adapter", options.base)
     if output.exists():
-        _check_replaceable(output, {f"--adapter {adapter}": adapter, where: Path(path)})
-    trained_in = None if metadata is None else getattr(torch, adapter_dtype(adapter))
-    base = read_base(path, trained_in, where)
+        output = _replaceable(output, {f"--adapter {adapter}": adapter, where: Path(path)})
+    base = read_base(path, None if metadata is None else getattr(torch, adapter_dtype(adapter)), where)
     dtype = base.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    merged = MergedWeights(adapter, base, dtype, torch.device(options.device), f"--adapter {adapter}")
+    device = torch.device(options.device)
+    merged = MergedWeights(adapter, base, dtype, device, f"--adapter {adapter}")
     _check_base(base, metadata, where, adapter)
-    model, tokenizer = merged.model, _tokenizer(adapter, path)
+    tokenizer = _tokenizer(adapter, path)
     if metadata is not None and tokenizer is not None:
-        model.config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config = _generation_config(adapter, path) or model.generation_config
-    if model.config.tie_word_embeddings != base.model.config.tie_word_embeddings:
+        merged.model.config.eos_token_id = tokenizer.eos_token_id
+    merged.model.generation_config = _generation_config(adapter, path) or merged.model.generation_config
+    if merged.model.config.tie_word_embeddings != base.model.config.tie_word_embeddings:
         print("note: the adapter parts the embeddings from the head; the merged model has both.", file=sys.stderr)
-    try:
-        with written_aside(output, replace_directory=options.overwrite) as aside:
-            aside.mkdir()
-            with WorkBar("merging", _bytes(merged), "tensors") as bar:
-                save_base(model, Watched(merged, bar), aside)
-            if tokenizer is not None:
-                save_tokenizer(tokenizer, aside)
-            if metadata is not None:  # how it was trained; it holds what the prompt's encoder needs to know
-                write_metadata(aside, metadata)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--output {output}: cannot be written ({first_line(error)}).") from error
+    _write(output, merged, tokenizer, metadata, replace=options.overwrite)
     size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     print(f"merged model: {output} ({str(dtype).removeprefix('torch.')}, {size / 1e6:,.1f} MB)")
 
@@ -95,8 +85,8 @@ def _options(argv: list[str]) -> Namespace:
     return options
 
 
-def _check_replaceable(output: Path, inputs: Mapping[str, Path]) -> None:
-    """Refuse to replace what is no model directory, or what the model is made from.
+def _replaceable(output: Path, inputs: Mapping[str, Path]) -> Path:
+    """A directory that may be replaced, by its full name: not what is no model, nor what the model is made from.
 
     Args:
         output: the directory that is there.
@@ -114,13 +104,14 @@ def _check_replaceable(output: Path, inputs: Mapping[str, Path]) -> None:
                 f"--overwrite: {output} holds {entry.name}, which is no part of a model. Give another --output, or "
                 "remove it yourself."
             )
+    return there
 
 
 def _check_base(base: Weights, metadata: dict[str, Any] | None, where: str, adapter: Path) -> None:
     """Refuse another base than the adapter's, told by its digest."""
     trained_on = None if metadata is None else metadata["fingerprint"].get("frozen base (digest)")
     if trained_on is None:
-        print(f"note: {adapter} does not say which base it was trained on; {where} is not checked.", file=sys.stderr)
+        print(f"note: {adapter} does not tell its base from others; {where} was not checked.", file=sys.stderr)
         return
     with WorkBar("checking the base", _bytes(base), "tensors") as bar:
         here = base_digest(Watched(base, bar))
@@ -129,6 +120,28 @@ def _check_base(base: Weights, metadata: dict[str, Any] | None, where: str, adap
             f"{where}: is not the base that {adapter.name} was trained on (digest {here}, trained on {trained_on}). "
             "Give the base of that run."
         )
+
+
+def _write(
+    output: Path,
+    merged: MergedWeights,
+    tokenizer: PreTrainedTokenizerBase | None,
+    metadata: dict[str, Any] | None,
+    *,
+    replace: bool,
+) -> None:
+    """Write the directory, whole or not at all."""
+    try:
+        with written_aside(output, replace_directory=replace) as aside:
+            aside.mkdir()
+            with WorkBar("merging", _bytes(merged), "tensors") as bar:
+                save_base(merged.model, Watched(merged, bar), aside)
+            if tokenizer is not None:
+                save_tokenizer(tokenizer, aside)
+            if metadata is not None:  # how it was trained; it holds what the prompt's encoder needs to know
+                write_metadata(aside, metadata)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--output {output}: cannot be written ({first_line(error)}).") from error
 
 
 def _tokenizer(adapter: Path, base: str) -> PreTrainedTokenizerBase | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +332,7 @@ def test_an_adapter_from_elsewhere_is_merged_and_its_base_is_said_to_be_unchecke
     asked = ["merge", "--adapter", str(bare), "--base", str(base), "--output", str(tmp_path / "merged")]
     assert main(asked) == 0
     assert capsys.readouterr().err == (
-        f"note: {bare} does not say which base it was trained on; --base {base} is not checked.\n"
+        f"note: {bare} does not tell its base from others; --base {base} was not checked.\n"
     )
     assert same_weights(tmp_path / "merged", merged) and not (tmp_path / "merged" / "checkpoint.json").exists()
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == "{{ messages }}"
@@ -354,7 +355,8 @@ def test_a_model_that_is_there_is_replaced_when_asked(adapter: Path, merged: Pat
     output = tmp_path / "model"
     shutil.copytree(full, output, ignore=shutil.ignore_patterns("trainer.pt"))
     (output / "merges.txt").write_text("of another tokenizer")
-    assert main(["merge", "--adapter", str(adapter), "--output", str(output), "--overwrite"]) == 0
+    with chdir(output):
+        assert main(["merge", "--adapter", str(adapter), "--output", ".", "--overwrite"]) == 0
     assert same_weights(output, merged) and {path.name for path in tmp_path.iterdir()} == {"model"}
     assert {path.name for path in output.iterdir()} == {path.name for path in merged.iterdir()}
 
