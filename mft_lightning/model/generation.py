@@ -10,14 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from mft_lightning.errors import UserError
 from mft_lightning.model.adapters import has_adapters
+from mft_lightning.model.drawing import conversation_seed, drawn_alone
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.ranks import highest
 
 LEAST_TEMPERATURE = 1e-3  # logits are divided by it; much less makes them infinite
+
+# Settings that the original's page recommends, by name; what a preset does not name is as without it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beam": {"num_beams": 3},
+    "code": {"temperature": 0.1, "top_p": 0.95},
+}
 
 
 @dataclass(kw_only=True)
@@ -30,7 +38,8 @@ class GenerationSettings:
         top_p: draw among the likeliest tokens that together have this probability.
         top_k: draw among so many of the likeliest tokens; 0 among all.
         repetition_penalty: above 1, tokens that were there before become less likely.
-        num_beams: answers that are followed side by side; 1 follows one.
+        num_beams: answers that are followed side by side; 1 follows one. Nothing is drawn then.
+        seed: of what is drawn at a temperature above 0; an answer depends on it and on its conversation alone.
     """
 
     max_new_tokens: int = 512
@@ -39,6 +48,7 @@ class GenerationSettings:
     top_k: int = 0
     repetition_penalty: float = 1.0
     num_beams: int = 1
+    seed: int = 42
 
     def __post_init__(self) -> None:
         for key, least in (("max_new_tokens", 1), ("top_k", 0), ("num_beams", 1)):
@@ -50,6 +60,13 @@ class GenerationSettings:
             raise UserError(f"top_p: {self.top_p} is no number above 0 and at most 1.")
         if not 0.01 <= self.repetition_penalty <= 100:
             raise UserError(f"repetition_penalty: {self.repetition_penalty} is no number from 0.01 to 100; 1 is none.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed: {self.seed} is no number from 0 to 2^32 - 1.")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise UserError(
+                f"num_beams: {self.num_beams} searches for the likeliest answer, and temperature {self.temperature} "
+                "draws one. Set one of the two."
+            )
         if self.temperature == 0:
             for key, without in (("top_p", 1.0), ("top_k", 0)):
                 if getattr(self, key) != without:
@@ -60,22 +77,21 @@ class GenerationSettings:
 
     def generation_config(self, limit: int, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
         """In transformers' words, for at most ``limit`` tokens; everything else is as without any setting."""
-        drawn: dict[str, Any] = {"do_sample": False}
-        if self.temperature > 0:
-            drawn = {
-                "do_sample": True,
-                "temperature": self.temperature,
-                "top_p": self.top_p,
-                "top_k": self.top_k,
-            }
         return GenerationConfig(
             max_new_tokens=limit,
+            do_sample=False,  # what is drawn is drawn by `processors`
             num_beams=self.num_beams,
             repetition_penalty=float(self.repetition_penalty),  # transformers takes no int
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **drawn,
         )
+
+    def processors(self, prompts: Sequence[Sequence[int]]) -> LogitsProcessorList:
+        """What draws the tokens of a batch; nothing at temperature 0."""
+        if self.temperature == 0:
+            return LogitsProcessorList()
+        seeds = [conversation_seed(self.seed, prompt) for prompt in prompts]
+        return drawn_alone(seeds, temperature=float(self.temperature), top_k=self.top_k, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
@@ -97,8 +113,7 @@ def answer(
 ) -> list[Answer]:
     """Answer encoded prompts as one batch.
 
-    Shorter prompts are padded on the left, masked, so that under greedy decoding each gets the answer that it gets
-    alone, up to rounding.
+    Shorter prompts are padded on the left, masked, so that each gets the answer that it gets alone, up to rounding.
 
     Args:
         model: a transformers or peft causal LM in evaluation mode.
@@ -181,6 +196,7 @@ def _answer_within(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             generation_config=config,
+            logits_processor=settings.processors(prompts),
         )
     return [_cut(ids, tokenizer.eos_token_id) for ids in output[:, width:].tolist()]
 

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from mft_lightning.data.tokenizer import load_tokenizer
 from mft_lightning.errors import UserError
-from mft_lightning.model.generation import Answer, GenerationSettings, answer
+from mft_lightning.model.drawing import conversation_seed, drawn_alone
+from mft_lightning.model.generation import PRESETS, Answer, GenerationSettings, answer
 
 EOS, POSITIONS = 0, 96
 DRAW = random.Random(1)
@@ -271,26 +272,56 @@ def test_the_models_own_generation_config_comes_back_after_an_error(
 # --- drawing
 
 
-@pytest.mark.parametrize("prompt", PROMPTS[:3])
-def test_a_draw_repeats_with_the_seed_and_is_transformers_draw(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompt: list[int]
+DRAWN: dict[str, Any] = {"temperature": 2.0, "top_p": 0.9, "top_k": 40}
+
+
+def drawn_by_transformers(model: Any, prompt: list[int], seed: int, **settings: Any) -> Answer:
+    """What transformers draws for a conversation that is alone, from its own seed on."""
+    torch.manual_seed(conversation_seed(seed, prompt))
+    return by_transformers(model, prompt, do_sample=True, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [DRAWN, {"temperature": 1.0, "top_k": 0}, {"temperature": 1.7, "top_k": 0, "repetition_penalty": 1.4}],
+    ids=str,
+)
+def test_a_batch_draws_for_each_what_transformers_draws_for_it_alone(
+    model: Any, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
 ) -> None:
-    how = {"temperature": 2.0, "top_p": 0.9, "top_k": 40}
-    draws = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        draws.append(asked(model, tokenizer, [prompt], **how)[0])
+    """One of the batch has only a few positions left, so that the others are asked again from the start."""
+    prompts = [*PROMPTS, drawn(POSITIONS - 5)]
+    expected = [drawn_by_transformers(model, prompt, 3, **settings) for prompt in prompts]
+    found = asked(model, tokenizer, prompts, seed=3, **settings)
+    assert found == expected and {answer.finished for answer in found} == {True, False}
+    assert asked(model, tokenizer, prompts[::-1], seed=3, **settings) == expected[::-1]
+    other = asked(model, tokenizer, prompts, seed=4, **settings)
+    assert sum(ours != theirs for ours, theirs in zip(found, other, strict=True)) > len(prompts) // 2
+
+
+def test_draws_follow_the_distribution(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The first token of a thousand seeds, against the model's own probabilities among the five likeliest."""
+    prompt, seeds = PROMPTS[1], range(1000)
+    logits = model(torch.tensor([prompt])).logits[0, -1] / 3.0
+    likeliest = logits.topk(5)
+    expected = likeliest.values.softmax(-1)
+    config = GenerationSettings(temperature=3.0, top_k=5)
+    draws = drawn_alone([conversation_seed(seed, prompt) for seed in seeds], temperature=3.0, top_k=5, top_p=1.0)
+    assert config.processors([prompt])[-1].seeds == [conversation_seed(42, prompt)]
+    tokens = draws(torch.tensor([prompt]), (logits * 3.0).float().expand(len(seeds), -1)).argmax(-1)
+    counts = torch.stack([(tokens == token).sum() for token in likeliest.indices]).double()
+    assert counts.sum() == len(seeds) and 0.001 < expected.min() < expected.max() < 0.999
+    chi_squared = ((counts - expected * len(seeds)) ** 2 / (expected * len(seeds))).sum()
+    assert chi_squared < 18.5  # 4 degrees of freedom: once in a thousand; the seeds are fixed
+
+
+def test_a_draw_leaves_the_global_generator_alone(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = asked(model, tokenizer, PROMPTS[:3], **DRAWN)
+    assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(1)
-    assert draws[0] == draws[1] == by_transformers(model, prompt, do_sample=True, **how)
-    assert draws[1] != draws[2]
-
-
-def test_a_batchs_draw_repeats_with_the_seed(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    draws = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        draws.append(asked(model, tokenizer, PROMPTS, temperature=2.0))
-    assert draws[0] == draws[1] != draws[2]
+    assert asked(model, tokenizer, PROMPTS[:3], **DRAWN) == first
 
 
 @pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-3}], ids=str)
@@ -330,6 +361,9 @@ def test_greedy_answers_draw_nothing(model: Any, tokenizer: PreTrainedTokenizerB
         ("repetition_penalty", {"repetition_penalty": float("nan")}),
         ("top_p", {"top_p": 0.9}),
         ("top_k", {"top_k": 5}),
+        ("seed", {"seed": -1}),
+        ("seed", {"seed": 2**32}),
+        ("num_beams", {"num_beams": 2, "temperature": 0.5}),
     ],
     ids=str,
 )
@@ -343,3 +377,10 @@ def test_what_narrows_a_draw_is_refused_without_one_and_taken_with_one(narrow: d
     with pytest.raises(UserError, match="no effect at temperature 0"):
         GenerationSettings(**narrow)
     GenerationSettings(temperature=0.1, **narrow)
+
+
+def test_presets_are_what_the_original_s_page_recommends() -> None:
+    found = {name: GenerationSettings(**preset) for name, preset in PRESETS.items()}
+    assert (found["code"].top_p, found["code"].temperature, found["code"].num_beams) == (0.95, 0.1, 1)
+    assert (found["greedy"].temperature, found["greedy"].num_beams) == (0, 1)
+    assert (found["beam"].temperature, found["beam"].num_beams) == (0, 3)
