@@ -8,15 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from mft_lightning.commands.loading import DTYPES, LoadedModel, load_model
+from mft_lightning.commands.asking import (
+    add_generation_options,
+    add_model_options,
+    check_model_options,
+    check_text,
+    generation_settings,
+    load_asked,
+)
+from mft_lightning.commands.loading import LoadedModel
 from mft_lightning.data.lines import read_lines
 from mft_lightning.data.records import BadRecord, Question, Turn, parse_question
-from mft_lightning.errors import UserError, first_line
+from mft_lightning.errors import UserError
 from mft_lightning.key_errors import parse
 from mft_lightning.model.generation import Answer, GenerationSettings, answer, room
 from mft_lightning.quiet import quieten
@@ -40,13 +47,8 @@ def generate(argv: list[str]) -> None:
     quieten()
     options, settings = _options(argv)
     questions = _read_questions(options)
-    loaded = load_model(Path(options.model).expanduser(), "--model", dtype=options.dtype)
+    loaded = load_asked(options)
     asked = [_encoded(loaded, *question) for question in questions]
-    try:
-        loaded.model.to(options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device}: {first_line(error)}") from error
-    torch.manual_seed(options.seed)
     with reader_may_leave():
         for question, found in _answers(loaded, asked, settings, options.batch_size):
             if options.prompt is not None:
@@ -57,7 +59,6 @@ def generate(argv: list[str]) -> None:
 
 def _options(argv: list[str]) -> tuple[Namespace, GenerationSettings]:
     parser = ArgumentParser(prog="python -m mft_lightning generate", exit_on_error=False)
-    parser.add_argument("--model", type=str, required=True, help="Checkpoint directory, full or LoRA.")
     parser.add_argument("--prompt", type=str, help="What the human says.")
     parser.add_argument("--system", type=str, help="A system turn in front of --prompt.")
     parser.add_argument(
@@ -67,38 +68,18 @@ def _options(argv: list[str]) -> tuple[Namespace, GenerationSettings]:
         "one that ends with a bot turn, that turn is asked for again and printed as the reference.",
     )
     parser.add_argument("--batch_size", type=int, default=8, help="Conversations of --input answered side by side.")
-    parser.add_class_arguments(GenerationSettings)
-    parser.add_argument("--seed", type=int, default=42, help="Of what is drawn at a temperature above 0.")
-    parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda.")
-    parser.add_argument(
-        "--dtype",
-        type=str,
-        default="float32",
-        help=f"Of the weights: {', '.join(DTYPES)}. auto: as saved. Below float32 an answer may depend on its batch.",
-    )
+    add_model_options(parser)
+    add_generation_options(parser)
     options = parse(parser, argv)
-    settings = GenerationSettings(**{key: options[key] for key in GenerationSettings.__dataclass_fields__})
+    settings = generation_settings(options)
     if (options.prompt is None) == (options.input is None):
         raise UserError("generate: give either --prompt TEXT or --input FILE.jsonl.")
     if options.system is not None and options.prompt is None:
         raise UserError("--system: goes with --prompt. In --input write it as the conversation's system turn.")
     if options.batch_size < 1:
         raise UserError(f"--batch_size: {options.batch_size} is less than 1.")
-    if options.dtype not in DTYPES:
-        raise UserError(f"--dtype: {options.dtype!r} is none of {', '.join(DTYPES)}.")
-    if not 0 <= options.seed < 2**32:
-        raise UserError(f"--seed: {options.seed} is no number from 0 to 2^32 - 1.")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        raise UserError(f"--device {options.device}: {first_line(error)}") from error
-    if device.type == "meta":
-        raise UserError("--device meta: computes nothing. Use cpu or cuda.")
-    for key in ("prompt", "system"):
-        try:
-            (options[key] or "").encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"--{key}: is not UTF-8 (character {error.start}).") from error
+    check_model_options(options)
+    check_text(options, "prompt", "system")
     return options, settings
 
 

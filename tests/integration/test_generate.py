@@ -155,11 +155,28 @@ def test_a_penalty_and_beams_lead_to_other_answers_and_batches_to_the_same(
     assert found != ask("--input", file)
 
 
-def test_a_draw_repeats_with_its_seed(ask: Ask, tmp_path: Path) -> None:
-    file = str(written(tmp_path / "asked.jsonl", conversations()[:5]))
-    draws = [ask("--input", file, "--temperature", "1.5", "--top_k", "50", "--seed", seed) for seed in ("1", "1", "2")]
+def test_a_draw_depends_on_its_seed_and_its_conversation_alone(ask: Ask, tmp_path: Path) -> None:
+    records = conversations()[:6]
+    file, turned = written(tmp_path / "asked.jsonl", records), written(tmp_path / "turned.jsonl", records[3::-1])
+    how = ("--temperature", "1.5", "--top_k", "50")
+    draws = [ask("--input", str(file), *how, "--seed", seed) for seed in ("1", "1", "2")]
     assert draws[0] == draws[1] != draws[2]
-    assert draws[0] != ask("--input", file)
+    assert draws[0] != ask("--input", str(file))
+    found = [json.loads(line)["answer"] for line in draws[0].splitlines()]
+    other = ask("--input", str(turned), *how, "--seed", "1", "--batch_size", "3")
+    assert [json.loads(line)["answer"] for line in other.splitlines()] == found[3::-1]
+    assert ask("--prompt", records[0]["prompt"], *how, "--seed", "1") == found[0] + "\n"
+
+
+def test_a_preset_is_a_start_that_single_options_override(ask: Ask, tmp_path: Path) -> None:
+    file = str(written(tmp_path / "asked.jsonl", conversations()[:6]))
+    asked = ("--input", file)
+    assert ask(*asked, "--preset", "greedy") == ask(*asked)
+    beams = ask(*asked, "--preset", "beam")
+    assert beams == ask(*asked, "--num_beams", "3") != ask(*asked)
+    assert ask(*asked, "--preset", "beam", "--num_beams", "1") == ask(*asked)
+    code = ask(*asked, "--preset", "code", "--temperature", "2")
+    assert code == ask(*asked, "--temperature", "2", "--top_p", "0.95") != ask(*asked, "--temperature", "2")
 
 
 def test_an_adapter_answers_in_batches_as_alone_and_otherwise_than_its_base(
@@ -263,7 +280,7 @@ def test_a_file_that_is_not_there_is_refused(refuse: Callable[..., str], tmp_pat
         (("--prompt", "a", "--device", "gpu"), "--device gpu: "),
         (("--prompt", "a", "--device", "cuda:77"), "--device cuda:77: "),
         (("--prompt", "a", "--device", "meta"), "--device meta: computes nothing"),
-        (("--prompt", "a", "--seed", "99999999999999999999999"), "--seed: 99999999999999999999999 is no number"),
+        (("--prompt", "a", "--seed", "99999999999999999999999"), "seed: 99999999999999999999999 is no number"),
         (("--prompt", "a\udcff"), "--prompt: is not UTF-8 (character 1)"),
         (("--prompt", "a", "--system", "\udcff"), "--system: is not UTF-8"),
         (("--prompt", "null", "--input", "asked.jsonl"), "either --prompt TEXT or --input"),
@@ -273,6 +290,12 @@ def test_a_file_that_is_not_there_is_refused(refuse: Callable[..., str], tmp_pat
         (("--prompt", "a", "--max_new_tokens", "0"), "max_new_tokens: 0 is less than 1"),
         (("--prompt", "a", "--temperature", "-1"), "temperature: -1.0"),
         (("--prompt", "a", "--top_p", "0.9"), "top_p: 0.9 has no effect at temperature 0"),
+        (("--prompt", "a", "--preset", "cod"), "--preset: 'cod' is none of greedy, beam, code"),
+        (
+            ("--prompt", "a", "--preset", "code", "--temperature", "0"),
+            "nothing is drawn. Set temperature too. (--preset code: temperature 0.1, top_p 0.95.)",
+        ),
+        (("--prompt", "a", "--preset", "beam", "--temperature", "1"), "num_beams: 3 searches for the likeliest"),
         (("--prompt", "a", "--num_beams", "0"), "num_beams: 0 is less than 1"),
         (("--prompt", "a", "--repetition_penalty", "0"), "repetition_penalty: 0.0"),
         (("--prompt", "a", "--temprature", "1"), "temprature: there is no such key. The nearest is temperature"),
