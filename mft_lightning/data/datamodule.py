@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 import numpy as np
@@ -16,6 +17,7 @@ from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.collate import MicroBatch
 from mft_lightning.data.cores import available_cores
 from mft_lightning.data.corpus import Corpus, load_corpus
+from mft_lightning.data.held_out import Questions
 from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
 from mft_lightning.data.place import data_parallel_place
 from mft_lightning.data.plan import Plan, deal_evaluation, limit_per_task
@@ -24,7 +26,7 @@ from mft_lightning.data.splits import SPLITS, find_shares, nothing_to_evaluate
 from mft_lightning.data.task_files import check_files
 from mft_lightning.data.tasks import find_tasks, find_validation_tasks, parse_task_weights
 from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_cache_dir
-from mft_lightning.data.token_table import TokenTable
+from mft_lightning.data.token_table import RecordTable, TokenTable
 from mft_lightning.data.tokenizer import load_tokenizer, vocabulary_digest
 from mft_lightning.data.workers import loader_options
 from mft_lightning.errors import NotYetError, UserError
@@ -305,6 +307,17 @@ class MFTDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[MicroBatch]:
         return self._evaluation_loader("test")
+
+    def ask(self, splits: Sequence[str], per_task: int | None, batch_size: int) -> Questions:
+        """Lay out what ``predict_dataloader`` asks: at most ``per_task`` conversations of each task and split."""
+        tables = {split: cast(RecordTable, self.table(split)) for split in splits}  # there are no others in sft mode
+        parts = [(split, table, self.evaluated(split, per_task)) for split, table in tables.items()]
+        self.questions = Questions(parts, len(self.tasks), self.chat_format.eos_token_id, batch_size)
+        return self.questions
+
+    def predict_dataloader(self) -> DataLoader[int]:
+        """Numbers of this rank's batches of ``questions``."""
+        return DataLoader(cast(Any, self.questions.share(*data_parallel_place(self.trainer))), batch_size=None)
 
     def evaluated(self, split: str, per_task: int | None = None) -> np.ndarray:
         """Indices into ``table(split)`` of what an evaluation looks at, or at most ``per_task`` of each task of it."""

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from mft_lightning.errors import UserError
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.drawing import conversation_seed, drawn_alone
+from mft_lightning.model.parallel import is_sharded
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.ranks import highest
 
@@ -150,6 +151,18 @@ def answer_together(
 
     with torch.no_grad():  # weights that are gathered under inference_mode cannot train afterwards
         return _answer(network.model, generate, tokenizer, prompts, settings, more=lambda rest: bool(highest(rest)))
+
+
+def answer_on_ranks(
+    network: SupervisedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+) -> list[Answer]:
+    """Answers to this rank's prompts, possibly none; every rank must call this as often as the others."""
+    if is_sharded(network):
+        return answer_together(network, tokenizer, prompts, settings)
+    return answer(network.model, tokenizer, prompts, settings) if prompts else []
 
 
 def _answer(

@@ -19,6 +19,7 @@ from mft_lightning.data.place import data_parallel_place
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.build import Attention, Built, ModelSource, load_config, make_network
 from mft_lightning.model.export import describe, trained_names
+from mft_lightning.model.generation import Answer, GenerationSettings, answer_on_ranks
 from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
 from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.objective import Objective
@@ -158,6 +159,7 @@ class MFTModule(L.LightningModule):
         self.matrices: set[str] = set()  # the network's parameters that decay
         self.saved_names: set[str] = set()  # what a checkpoint holds of this module's state
         self.last_step: StepResult | None = None
+        self.generation = GenerationSettings()  # that `predict` answers by
 
     # ---------------------------------------------------------------- setting up
 
@@ -314,6 +316,13 @@ class MFTModule(L.LightningModule):
         self.log_dict(values, logger=False)  # for callbacks; the loggers get the step that the axis is defined by
         for logger in self.trainer.loggers:
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=self.trainer.global_step)
+
+    # ---------------------------------------------------------------- answers
+
+    def predict_step(self, batch: int, batch_idx: int) -> list[Answer]:
+        """Answers to a batch of ``datamodule.questions``, by its number."""
+        prompts = [held.prompt for held in self.datamodule.questions.batch(batch)]
+        return answer_on_ranks(self._network, self.datamodule.tokenizer, prompts, self.generation)
 
     # ---------------------------------------------------------------- checkpoints
 

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from mft_lightning import ranks
+from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.data.held_out import Held, held_at, whole_answers
 from mft_lightning.data.place import data_parallel_place
 from mft_lightning.errors import UserError
-from mft_lightning.model.generation import GenerationSettings, answer, answer_together
+from mft_lightning.model.generation import Answer, GenerationSettings, answer_on_ranks
 from mft_lightning.model.module import MFTModule
-from mft_lightning.model.parallel import is_sharded, summed_over_data
+from mft_lightning.model.parallel import summed_over_data
 from mft_lightning.training.evaluation import EvaluationSettings
 from mft_lightning.training.progress import RunBar
 from mft_lightning.training.signals import GracefulStop
 from mft_lightning.training.stages import find_callback
 
 BATCH = 16  # prompts answered side by side
-
-
-@dataclass(frozen=True)
-class Held:
-    """An answer of a held-out conversation: its task, the ids before it, and its own without the eos."""
-
-    task: int
-    prompt: list[int]
-    reference: list[int]
 
 
 def check_exact_match(settings: EvaluationSettings, datamodule: MFTDataModule) -> None:
@@ -49,13 +40,15 @@ def check_exact_match(settings: EvaluationSettings, datamodule: MFTDataModule) -
 
 def held_answers(datamodule: MFTDataModule, split: str, per_task: int) -> Iterator[Held]:
     """Every answer of at most ``per_task`` conversations of each task; each is asked after its true history."""
-    table, eos = datamodule.table(split), datamodule.tokenizer.eos_token_id
-    for index in datamodule.evaluated(split, per_task):
-        ids, supervised = table.row(int(index))
-        edges = np.flatnonzero(np.diff(supervised.astype(np.int8), prepend=0, append=0))
-        for start, end in zip(edges[::2], edges[1::2], strict=True):
-            if ids[end - 1] == eos:  # else it was truncated, and nobody knows its end
-                yield Held(int(table.tasks[index]), ids[:start].tolist(), ids[start : end - 1].tolist())
+    table, eos = datamodule.table(split), datamodule.chat_format.eos_token_id
+    for index in datamodule.evaluated(split, per_task).tolist():
+        for start, end in whole_answers(table, index, eos):
+            yield held_at(table, index, start, end)
+
+
+def is_exact(chat_format: ChatFormat, given: Answer, reference: Sequence[int]) -> bool:
+    """Whether an answer is the reference to the letter, and the model ended it."""
+    return given.finished and chat_format.decode(given.ids) == chat_format.decode(reference)
 
 
 class ExactMatch(L.Callback):
@@ -106,15 +99,10 @@ class ExactMatch(L.Callback):
             if _told_to_stop(trainer):
                 break
             batch = batches[turn] if turn < len(batches) else []
-            prompts = [h.prompt for h in batch]
             with trainer.precision_plugin.forward_context():
-                if is_sharded(network):
-                    found = answer_together(network, datamodule.tokenizer, prompts, settings)
-                else:
-                    found = answer(network.model, datamodule.tokenizer, prompts, settings)
+                found = answer_on_ranks(network, datamodule.tokenizer, [h.prompt for h in batch], settings)
             for h, given in zip(batch, found, strict=True):
-                same = datamodule.chat_format.decode(given.ids) == datamodule.chat_format.decode(h.reference)
-                counts[0, h.task] += given.finished and same
+                counts[0, h.task] += is_exact(datamodule.chat_format, given, h.reference)
                 counts[1, h.task] += 1
                 if bar is not None:
                     bar.advance_part()

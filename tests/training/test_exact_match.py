@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from mft_lightning.cli import main
 from mft_lightning.data.datamodule import MFTDataModule
-from mft_lightning.training.exact_match import Held, held_answers
+from mft_lightning.data.held_out import Held
+from mft_lightning.training.exact_match import held_answers
 from tests.conftest import ROOT
 
 Turns = list[tuple[str, str]]
