@@ -14,7 +14,7 @@ from types import ModuleType
 
 from mft_lightning import __version__, ranks
 from mft_lightning.errors import FULL_DISK, UserError, first_line
-from mft_lightning.out_of_memory import advice, is_lost_worker, is_out_of_memory, worker_advice
+from mft_lightning.out_of_memory import advice, answering_advice, is_lost_worker, is_out_of_memory, worker_advice
 
 # name -> (module:function, what it does); a command is imported only when it is called
 COMMANDS = {
@@ -24,12 +24,14 @@ COMMANDS = {
     "inspect": ("mft_lightning.commands.inspect:inspect", "show what the model will see and learn from"),
     "prepare": ("mft_lightning.commands.prepare:prepare", "tokenise the data of a run beforehand"),
     "estimate": ("mft_lightning.commands.estimate:estimate", "tell the memory a run needs, and what needs less"),
+    "predict": ("mft_lightning.commands.predict:predict", "answer the conversations of task directories, and count"),
     "generate": ("mft_lightning.commands.generate:generate", "ask a checkpoint"),
     "consolidate": ("mft_lightning.commands.consolidate:consolidate", "make one model of a sharded checkpoint"),
     "merge": ("mft_lightning.commands.merge:merge", "make an adapter and its base one model"),
 }
-RANKED = ("fit", "validate", "test")  # commands that run on several processes
-NOT_YET = ("predict", "chat", "convert-config")
+RANKED = ("fit", "validate", "test", "predict")  # commands that run on several processes
+ASKING = ("generate", "predict")  # commands that answer
+NOT_YET = ("chat", "convert-config")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,6 +106,8 @@ def _message(error: Exception, arguments: list[str]) -> str | None:
         return str(error)
     if isinstance(error, BrokenPipeError) and ranks.is_first():
         return "standard output was closed."
+    if command in ASKING and is_out_of_memory(error):
+        return answering_advice(error, command)
     if command in RANKED and is_out_of_memory(error):
         return advice(error, arguments[1:])
     again = ranks.GO_ON if command == "fit" else ""

@@ -30,8 +30,7 @@ def advice(error: BaseException, arguments: Sequence[str]) -> str:
         error: of :func:`is_out_of_memory`.
         arguments: of the command that ran out of memory.
     """
-    said = re.sub(r"^\[enforce fail .*?(?=DefaultCPUAllocator)", "", first_line(error))
-    said = said.partition(" Of the allocated memory")[0].rstrip(".")
+    said = _said(error)
     command = shlex.join(["python", "-m", "mft_lightning", "estimate", *arguments])
     return (
         f"out of memory: {said}. Needs less and learns the same: model.checkpoint_activations: true, a smaller "
@@ -39,6 +38,27 @@ def advice(error: BaseException, arguments: Sequence[str]) -> str:
         "on several devices. Needs less: a smaller data.seq_length, model.peft_type: lora, or trainer.precision: "
         f"bf16-true. How much less: {command}"
     )
+
+
+def answering_advice(error: BaseException, command: str) -> str:
+    """The error in a line, and what answers with less memory.
+
+    Args:
+        error: of :func:`is_out_of_memory`.
+        command: the one that answers.
+    """
+    less = {
+        "generate": "a smaller --batch_size, fewer --num_beams, --dtype bfloat16",
+        "predict": "a smaller --batch_size, fewer --num_beams, trainer.precision: bf16-true, trainer.strategy: fsdp on "
+        "several devices",
+    }.get(command, "--dtype bfloat16, fewer --num_beams")
+    again = " What is answered is kept; the same command goes on." if command == "predict" else ""
+    return f"out of memory: {_said(error)}. Needs less: {less}, or fewer --max_new_tokens.{again}"
+
+
+def _said(error: BaseException) -> str:
+    said = re.sub(r"^\[enforce fail .*?(?=DefaultCPUAllocator)", "", first_line(error))
+    return said.partition(" Of the allocated memory")[0].rstrip(".")
 
 
 def is_lost_worker(error: BaseException) -> bool:

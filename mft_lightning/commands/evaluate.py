@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from mft_lightning import ranks
 from mft_lightning.commands.outcome import task_results
-from mft_lightning.errors import UserError
+from mft_lightning.commands.prepared import build_for, named_checkpoint
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import say, shown
-from mft_lightning.training.checkpoint_choice import resolve_checkpoint
-from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.exact_match import ExactMatch, check_exact_match
-from mft_lightning.training.same_run import check_same_run
 from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import evaluation_trainer
 
@@ -31,21 +28,12 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
     config = RunConfig(argv, command)
     module, datamodule = config.model, config.datamodule
     module.check(datamodule, config.settings.parallel.tensor_parallel_size)
-    checkpoint = None
-    if config.config.ckpt_path is not None:
-        settings = config.settings.checkpoint
-        checkpoint = resolve_checkpoint(config.config.ckpt_path, config.output_dir, settings.monitor, settings.mode)
-        if checkpoint is None:
-            raise UserError(f"--ckpt_path last: no checkpoint in {config.output_dir}.")
+    checkpoint = named_checkpoint(config)
     with ranks.first_before_others("data"):
         datamodule.setup(command)
     datamodule.check_evaluation(split)
     check_exact_match(config.settings.evaluation, datamodule)
-    module.build(datamodule, random_base=str(config.output_dir / "base"), sketched=config.sharded)
-    checkpoint_io = HFCheckpointIO(module)
-    if checkpoint is not None:
-        checkpoint_io.preload(checkpoint.path)
-        check_same_run(checkpoint.path, module.description)
+    checkpoint_io = build_for(config, checkpoint)
     trainer = evaluation_trainer(config.trainer_config, config.settings, checkpoint_io, config.output_dir)
     run = trainer.validate if command == "validate" else trainer.test
     run(

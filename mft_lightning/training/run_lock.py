@@ -17,7 +17,7 @@ LOCK = ".lock"
 
 
 @contextmanager
-def only_run_in(directory: Path) -> Iterator[None]:
+def only_run_in(directory: Path, key: str = "output_dir") -> Iterator[None]:
     """Keep other runs out of ``directory`` while the block runs.
 
     The lock is the kernel's and the process's own: it goes with the process however that ends, and loader workers,
@@ -25,6 +25,7 @@ def only_run_in(directory: Path) -> Iterator[None]:
 
     Args:
         directory: made if it is not there; what was made goes again if nothing else was put into it.
+        key: what named it, for messages.
 
     Raises:
         UserError: another run is at work in it, or it cannot be written to.
@@ -32,10 +33,10 @@ def only_run_in(directory: Path) -> Iterator[None]:
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked(directory / LOCK)
+        descriptor = _locked(directory / LOCK, key)
     except OSError as error:
         _remove(made)
-        raise UserError(f"output_dir: {directory} cannot be written ({error}).") from error
+        raise UserError(f"{key}: {directory} cannot be written ({error}).") from error
     try:
         yield
     finally:
@@ -45,7 +46,7 @@ def only_run_in(directory: Path) -> Iterator[None]:
         _remove(made)
 
 
-def _locked(file: Path) -> int:
+def _locked(file: Path, key: str) -> int:
     """A descriptor that holds the lock; closing it gives the lock back."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -57,8 +58,7 @@ def _locked(file: Path) -> int:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             raise UserError(
-                f"output_dir: another run is at work in {shown(file.parent)} ({holder}). Wait for its end, or give "
-                "another --output_dir."
+                f"{key}: another run is at work in {shown(file.parent)} ({holder}). Wait for its end, or give another."
             ) from error
         if _is_at(descriptor, file):
             break

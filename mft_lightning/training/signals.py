@@ -148,12 +148,15 @@ def _say(line: str) -> None:
 
 
 class EndAtOnce(L.Callback):
-    """Ends a command that saves nothing as soon as SIGTERM comes; Lightning hears it only between two batches."""
+    """Ends a command that trains nothing as soon as SIGTERM comes; Lightning hears it only between two batches."""
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._listen()
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._listen()
 
     def _listen(self) -> None:  # the first rank names another one that was killed

@@ -163,11 +163,15 @@ def fit_trainer(
 
 
 def evaluation_trainer(
-    keys: dict[str, Any], settings: RunSettings, checkpoint_io: HFCheckpointIO, output_dir: Path
+    keys: dict[str, Any],
+    settings: RunSettings,
+    checkpoint_io: HFCheckpointIO,
+    output_dir: Path,
+    extra_callbacks: Sequence[L.Callback] = (),
 ) -> L.Trainer:
-    """The Trainer of ``validate`` and ``test``: it writes nothing."""
+    """The Trainer of ``validate``, ``test`` and ``predict``: by itself it writes nothing."""
     bar = _shows_bar(keys)
-    callbacks = [EndAtOnce(), *_listed(keys.get("callbacks")), *_exact_match(settings)]
+    callbacks = [EndAtOnce(), *_listed(keys.get("callbacks")), *_exact_match(settings), *extra_callbacks]
     callbacks += [RunBar()] if bar and not _own_bar(keys) else []
     return _trainer(
         {

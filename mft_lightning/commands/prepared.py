@@ -1,0 +1,40 @@
+"""What ``validate``, ``test`` and ``predict`` do before they measure: find the checkpoint, and build its model."""
+
+from __future__ import annotations
+
+from mft_lightning.errors import UserError
+from mft_lightning.run_config import RunConfig
+from mft_lightning.training.checkpoint_choice import resolve_checkpoint
+from mft_lightning.training.checkpoint_dirs import CheckpointInfo
+from mft_lightning.training.checkpoint_io import HFCheckpointIO
+from mft_lightning.training.same_run import check_same_run
+
+
+def named_checkpoint(config: RunConfig) -> CheckpointInfo | None:
+    """The checkpoint of ``--ckpt_path``; None where none is asked for.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if config.config.ckpt_path is None:
+        return None
+    settings = config.settings.checkpoint
+    checkpoint = resolve_checkpoint(config.config.ckpt_path, config.output_dir, settings.monitor, settings.mode)
+    if checkpoint is None:
+        raise UserError(f"--ckpt_path last: no checkpoint in {config.output_dir}.")
+    return checkpoint
+
+
+def build_for(config: RunConfig, checkpoint: CheckpointInfo | None) -> HFCheckpointIO:
+    """Build the network, and load the checkpoint ahead, if it is one of such a network.
+
+    Raises:
+        UserError: it is not, or cannot be loaded.
+    """
+    module = config.model
+    module.build(config.datamodule, random_base=str(config.output_dir / "base"), sketched=config.sharded)
+    checkpoint_io = HFCheckpointIO(module)
+    if checkpoint is not None:
+        checkpoint_io.preload(checkpoint.path)
+        check_same_run(checkpoint.path, module.description)
+    return checkpoint_io
