@@ -26,12 +26,13 @@ COMMANDS = {
     "estimate": ("mft_lightning.commands.estimate:estimate", "tell the memory a run needs, and what needs less"),
     "predict": ("mft_lightning.commands.predict:predict", "answer the conversations of task directories, and count"),
     "generate": ("mft_lightning.commands.generate:generate", "ask a checkpoint"),
+    "chat": ("mft_lightning.commands.chat:chat", "talk to a checkpoint"),
     "consolidate": ("mft_lightning.commands.consolidate:consolidate", "make one model of a sharded checkpoint"),
     "merge": ("mft_lightning.commands.merge:merge", "make an adapter and its base one model"),
 }
 RANKED = ("fit", "validate", "test", "predict")  # commands that run on several processes
-ASKING = ("generate", "predict")  # commands that answer
-NOT_YET = ("chat", "convert-config")
+ASKING = ("generate", "chat", "predict")  # commands that answer
+NOT_YET = ("convert-config",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,7 +163,8 @@ def _imported(module: str) -> ModuleType:
 
 
 def _usage() -> str:
-    lines = [f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         ["usage: python -m mft_lightning COMMAND [options] [--verbose]", *lines, "COMMAND --help: its options"]
     )

@@ -99,12 +99,23 @@ class ChatFormat(ChatEncoder):
         encoding: Any = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)
         return encoding["input_ids"]
 
-    def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
-        """The ids that ask for the next answer: the history as in training, then the bot marker."""
+    def encode_prompt(self, turns: Sequence[Turn], answers: Sequence[Sequence[int]] | None = None) -> list[int]:
+        """The ids that ask for the next answer: the history as in training, then the bot marker.
+
+        Args:
+            turns: the history.
+            answers: the ids of its bot turns, each without eos, where a model gave them. Default: what the tokenizer
+                makes of their text.
+        """
         asked = Conversation(turns=(*turns, Turn("bot", "")))
         *history, last_answer = self.segments(asked)
         assert last_answer.answer and not last_answer.text
-        return self.encode_segments([history])[0].input_ids
+        if answers is None:
+            return self.encode_segments([history])[0].input_ids
+        stretches = iter(self.encode_texts([segment.text for segment in history if not segment.answer]))
+        given = iter(answers)
+        encoded = (list(next(given)) if segment.answer else next(stretches) for segment in history)
+        return self._joined(history, encoded).input_ids
 
     def _encode_in_python(self, texts: list[str]) -> list[list[int]]:
         encoding: Any = self.tokenizer(

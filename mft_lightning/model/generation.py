@@ -184,14 +184,14 @@ def _answer(
     while more(len(asked)):
         limit = min((limits[i] for i in asked), default=1)
         batch = [prompts[i] for i in asked] or [[tokenizer.eos_token_id]]  # another rank is not done yet
-        found = _answer_within(limit, model, generate, tokenizer, batch, settings)
+        found = answer_within(limit, model, generate, tokenizer, batch, settings)
         for i, given in zip(asked, found, strict=False):
             answers[i] = given
         asked = [i for i in asked if limits[i] > limit and (open_ended or not answers[i].finished)]
     return answers
 
 
-def _answer_within(
+def answer_within(
     limit: int,
     model: Any,
     generate: Callable[..., Tensor],
@@ -199,6 +199,7 @@ def _answer_within(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
 ) -> list[Answer]:
+    """Answers of at most ``limit`` tokens to a batch of prompts, by ``generate``, the model's own or around it."""
     width = max(len(prompt) for prompt in prompts)
     pad: Any = tokenizer.pad_token_id
     input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
