@@ -94,6 +94,13 @@ def fit(fit_arguments: Callable[..., list[str]]) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture(scope="session")
+def checkpoint(fit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has learned enough for answers to differ, and for some of them to end."""
+    words = ("--trainer.max_steps", "60", "--evaluation.strategy", "none", "--checkpoint.checkpointing_steps", "60")
+    return fit(tmp_path_factory.mktemp("full"), *words) / "step-00000060"
+
+
 @pytest.fixture
 def refused(fit_arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run a command that must end with one message and exit code 1 and leave ``output_dir`` as it is; the message."""

@@ -25,13 +25,6 @@ Ask = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(fit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that has learned enough for answers to differ, and for some of them to end."""
-    words = ("--trainer.max_steps", "60", "--evaluation.strategy", "none", "--checkpoint.checkpointing_steps", "60")
-    return fit(tmp_path_factory.mktemp("full"), *words) / "step-00000060"
-
-
-@pytest.fixture(scope="module")
 def adapter(fit: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ("--trainer.max_steps", "4", "--evaluation.strategy", "none", "--model.learning_rate", "0.1")
     return fit(tmp_path_factory.mktemp("lora"), *words, config="lora.yaml") / "step-00000004"
