@@ -114,6 +114,7 @@ class Questions:
         found = sha256()
         for split, table in self._tables.items():
             found.update(f"{split} {table.digest} ".encode())
-        for values in (self._index, self._start, self._end, *self.batches):
+        sizes = np.array([len(batch) for batch in self.batches])
+        for values in (self._index, self._start, self._end, sizes, *self.batches):
             found.update(values.astype("<i8").tobytes())
         return found.hexdigest()[:16]

@@ -153,6 +153,26 @@ def test_ids_before_the_first_answer_are_the_tokenizers_for_the_rendered_prompt(
 
 @some_conversation
 @checked
+def test_a_prompt_takes_the_ids_that_a_model_answered_with(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation
+) -> None:
+    turns, found = conversation.turns, chat_format(tokenizer)
+    history = turns if turns[-1].role == "human" else turns[:-1]
+    answers = [turn.content for turn in history if turn.role == "bot"]
+    plain = found.encode_prompt(history)
+    assert found.encode_prompt(history, found.encode_texts(answers)) == plain
+    other = [[5, 6, 5]] * len(answers)
+    expected, rest = [], plain
+    for ids in found.encode_texts(answers):
+        closed = [*ids, tokenizer.eos_token_id]
+        place = next(i for i in range(len(rest)) if rest[i : i + len(closed)] == closed)
+        expected += [*rest[:place], 5, 6, 5, tokenizer.eos_token_id]
+        rest = rest[place + len(closed) :]
+    assert found.encode_prompt(history, other) == [*expected, *rest]
+
+
+@some_conversation
+@checked
 def test_supervised_ids_decode_to_the_answers_each_with_its_eos(
     tokenizer: PreTrainedTokenizerBase, conversation: Conversation
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mft_lightning.cli import main
-from mft_lightning.commands import evaluate, fit
+from mft_lightning.commands import evaluate, fit, generate, predict
 from mft_lightning.out_of_memory import is_lost_worker
 from tests.integration.conftest import command
 
@@ -44,6 +44,18 @@ def test_it_is_one_message(
     assert "Of the allocated" not in message and "enforce fail" not in message
     assert "model.checkpoint_activations: true" in message and "data.per_device_train_batch_size" in message
     assert message.endswith("mft_lightning estimate --config full.yaml --data.data_paths '[a, b]'\n")
+
+
+@pytest.mark.parametrize("command", ["generate", "predict"])
+def test_who_answers_is_told_to_answer_fewer_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setattr(generate if command == "generate" else predict, command, no_gpu_memory)
+    assert main([command, "--batch_size", "64"]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: out of memory: CUDA out of memory") and message.count("\n") == 1
+    assert "a smaller --batch_size" in message and "per_device_train_batch_size" not in message
+    assert ("the same command goes on" in message) == (command == "predict")
 
 
 def test_another_error_is_a_defect_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
