@@ -84,13 +84,19 @@ def predict(argv: list[str]) -> None:
             keep = KeepAnswers(parts, bar=config.trainer_config.get("enable_progress_bar") is not False)
             keys, settings = config.trainer_config, config.settings
             trainer = evaluation_trainer(keys, settings, checkpoint_io, config.output_dir, [keep])
-            trainer.predict(
-                module,
-                datamodule=datamodule,
-                return_predictions=False,
-                ckpt_path=checkpoint.path,
-                weights_only=True,
-            )
+            try:
+                trainer.predict(
+                    module,
+                    datamodule=datamodule,
+                    return_predictions=False,
+                    ckpt_path=checkpoint.path,
+                    weights_only=True,
+                )
+            except (KeyboardInterrupt, SystemExit):  # the latter also of SIGTERM
+                answered = sum(len(questions.batches[number]) for number in parts.read())
+                again = "the same command" + (" without --overwrite" if config.config.overwrite else "")
+                say(f"answered {answered:,} of {len(questions):,}; {again} goes on")
+                raise
         if ranks.is_first():
             _write(parts, config, checkpoint, splits)
 

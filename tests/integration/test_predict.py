@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -120,13 +122,17 @@ def test_the_summary_counts_the_lines(
     assert summary["checkpoint"] == str(checkpoint) and summary["settings"]["max_new_tokens"] == 30
 
 
-def killed(words: list[str], parts: Path, batches: int) -> None:
-    """Start the command, and kill it when so many batches are answered."""
-    process = preloaded.start(["-m", "mft_lightning", *words], user_environment())
+def wait_for(process: BaseProcess, parts: Path, batches: int) -> None:
     deadline = time.monotonic() + 120
     while sum(file.read_bytes().count(b"\n") for file in parts.glob("part-*.jsonl")) < batches:
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def killed(words: list[str], parts: Path, batches: int) -> None:
+    """Start the command, and kill it when so many batches are answered."""
+    process = preloaded.start(["-m", "mft_lightning", *words], user_environment())
+    wait_for(process, parts, batches)
     process.kill()
     assert preloaded.exit_code(process) == -signal.SIGKILL
 
@@ -165,6 +171,25 @@ def test_a_killed_run_goes_on_to_the_same_bytes_on_any_devices(
         beside = output.with_name("answers.summary.json")
         assert beside.read_bytes() == expected.with_name("expected.summary.json").read_bytes()
     assert once.read_bytes() == sharded.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_and_says_how_to_go_on(
+    arguments: Arguments, tmp_path: Path, signum: signal.Signals, code: int
+) -> None:
+    said = tmp_path / "said"
+    parts = tmp_path / "out" / ".answers.jsonl.parts"
+    words = arguments(parts.parent / "answers.jsonl", "--batch_size", "1")
+    with said.open("w") as handle:
+        process = preloaded.start(
+            ["-m", "mft_lightning", *words], user_environment(), 0, handle.fileno(), handle.fileno()
+        )
+        wait_for(process, parts, 2)
+        os.kill(process.pid or 0, signum)
+        assert preloaded.exit_code(process) == code
+    answered = re.search(r"answered (\d+) of 62; the same command goes on\n", said.read_text())
+    assert answered and 2 <= int(answered[1]) < 62 and "Traceback" not in said.read_text()
+    assert int(answered[1]) == (parts / "part-00000.jsonl").read_bytes().count(b"\n")
 
 
 def test_nothing_is_asked_twice(arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
