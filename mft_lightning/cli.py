@@ -107,11 +107,11 @@ def _message(error: Exception, arguments: list[str]) -> str | None:
         return str(error)
     if isinstance(error, BrokenPipeError) and ranks.is_first():
         return "standard output was closed."
+    again = ranks.AFTERWARDS.get(command, "")
     if command in ASKING and is_out_of_memory(error):
-        return answering_advice(error, command)
+        return f"{answering_advice(error, command)}{again}"
     if command in RANKED and is_out_of_memory(error):
         return advice(error, arguments[1:])
-    again = ranks.GO_ON if command == "fit" else ""
     if is_lost_worker(error):
         return f"{worker_advice(error)}{again}"
     if isinstance(error, OSError) and error.errno in FULL_DISK:

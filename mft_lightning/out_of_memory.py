@@ -52,8 +52,7 @@ def answering_advice(error: BaseException, command: str) -> str:
         "predict": "a smaller --batch_size, fewer --num_beams, trainer.precision: bf16-true, trainer.strategy: fsdp on "
         "several devices",
     }.get(command, "--dtype bfloat16, fewer --num_beams")
-    again = " What is answered is kept; the same command goes on." if command == "predict" else ""
-    return f"out of memory: {_said(error)}. Needs less: {less}, or fewer --max_new_tokens.{again}"
+    return f"out of memory: {_said(error)}. Needs less: {less}, or fewer --max_new_tokens."
 
 
 def _said(error: BaseException) -> str:

@@ -24,6 +24,10 @@ STARTED_BY = "MFT_LIGHTNING_STARTED_BY"  # the process that started this one as 
 CONNECTING = 50  # seconds in which ranks that have all come must reach each other
 GRACE = 10  # seconds to tell of it, and to end, when another rank failed or is gone
 GO_ON = " Go on with --ckpt_path last."  # a run, after an end that is not its own fault
+AFTERWARDS = {  # by command
+    "fit": GO_ON,
+    "predict": " What is answered is kept; the same command goes on, without --overwrite.",
+}
 _FAILED, _TOLD = "mft_lightning/failed", "mft_lightning/told"
 
 

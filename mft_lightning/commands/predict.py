@@ -94,8 +94,7 @@ def predict(argv: list[str]) -> None:
                 )
             except (KeyboardInterrupt, SystemExit):  # the latter also of SIGTERM
                 answered = sum(len(questions.batches[number]) for number in parts.read())
-                again = "the same command" + (" without --overwrite" if config.config.overwrite else "")
-                say(f"answered {answered:,} of {len(questions):,}; {again} goes on")
+                say(f"answered {answered:,} of {len(questions):,}.{ranks.AFTERWARDS['predict']}")
                 raise
         if ranks.is_first():
             _write(parts, config, checkpoint, splits)

@@ -135,7 +135,7 @@ class RankLauncher(_SubprocessScriptLauncher):
             if (code := process.poll()) is not None and code < 0:
                 rank = self.cluster_environment.node_rank() * self.num_processes + local
                 why = f"{signal.Signals(-code).name} (where memory runs out, the system does that)"
-                again = ranks.GO_ON if self.command[0] == "fit" else ""
+                again = ranks.AFTERWARDS.get(self.command[0], "")
                 return f"rank {rank} was ended from outside by {why}.{again}"
         return None
 

@@ -161,6 +161,16 @@ def test_a_draw_depends_on_its_seed_and_its_conversation_alone(ask: Ask, tmp_pat
     assert ask("--prompt", records[0]["prompt"], *how, "--seed", "1") == found[0] + "\n"
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "predict"])
+def test_the_help_lists_the_presets(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "greedy: the likeliest token every time; beam: num_beams 3; code: temperature 0.1, top_p 0.95." in said
+    assert "0 takes the likeliest token every time; above, tokens are drawn. Default: 0.0, or the preset's." in said
+
+
 def test_a_preset_is_a_start_that_single_options_override(ask: Ask, tmp_path: Path) -> None:
     file = str(written(tmp_path / "asked.jsonl", conversations()[:6]))
     asked = ("--input", file)

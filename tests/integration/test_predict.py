@@ -187,7 +187,10 @@ def test_a_signal_ends_it_and_says_how_to_go_on(
         wait_for(process, parts, 2)
         os.kill(process.pid or 0, signum)
         assert preloaded.exit_code(process) == code
-    answered = re.search(r"answered (\d+) of 62; the same command goes on\n", said.read_text())
+    answered = re.search(
+        r"answered (\d+) of 62. What is answered is kept; the same command goes on, without --overwrite.\n",
+        said.read_text(),
+    )
     assert answered and 2 <= int(answered[1]) < 62 and "Traceback" not in said.read_text()
     assert int(answered[1]) == (parts / "part-00000.jsonl").read_bytes().count(b"\n")
 
