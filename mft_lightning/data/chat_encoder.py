@@ -2,12 +2,13 @@
 
 A conversation is rendered as turns of ``<|role_start|>ROLE<|role_end|>CONTENT`` with nothing between them; a bot turn
 ends with the eos token. Each stretch between two answers is encoded as one string and each answer alone, so that the
-ids before the first answer are what the tokenizer gives for the rendered prompt at inference.
+ids before the first answer are what the tokenizer gives for the rendered prompt at inference. Where role markers are
+tokens of their own, each content is encoded alone, and so is every content of a rendered conversation then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -28,10 +29,17 @@ _PUNCTUATION = str.maketrans(
 
 @dataclass(frozen=True)
 class Segment:
-    """A text that is encoded as one string; ``answer`` if it is supervised and closed by the eos token."""
+    """A text that is encoded as one string, or that one token stands for.
+
+    Attributes:
+        text: as it is rendered.
+        answer: whether it is supervised and closed by the eos token.
+        token: the id that stands for it; None encodes the text.
+    """
 
     text: str
-    answer: bool
+    answer: bool = False
+    token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class ChatEncoder:
         eos_token_id: its id.
         pretrain: supervise every token but the first, not answers and their eos alone.
         normalize_punctuation: rewrite full-width punctuation to ASCII in all contents, as the original did.
+        role_ids: the token that each role's marker is; None where markers are ordinary text.
     """
 
     def __init__(
@@ -101,13 +110,15 @@ class ChatEncoder:
         eos_token_id: int,
         pretrain: bool,
         normalize_punctuation: bool,
+        role_ids: Mapping[str, int] | None = None,
     ) -> None:
         self.encode_texts = encode_texts
         self.eos_token, self.eos_token_id = eos_token, eos_token_id
         self.pretrain, self.normalize_punctuation = pretrain, normalize_punctuation
+        self.role_ids = role_ids
 
     def segments(self, conversation: Conversation) -> Iterator[Segment]:
-        """The stretches that are encoded each as one string, in order.
+        """The stretches that are encoded each as one string, and markers that are tokens, in order.
 
         Raises:
             BadRecord: a plain text in ``sft`` mode.
@@ -119,15 +130,22 @@ class ChatEncoder:
             return
         stretch = ""
         for turn in conversation.turns:
-            stretch += marker(turn.role)
+            if self.role_ids is None:
+                stretch += marker(turn.role)
+            else:
+                if stretch:
+                    yield Segment(stretch)
+                yield Segment(marker(turn.role), token=self.role_ids[turn.role])
+                stretch = ""
             if turn.role == "bot":
-                yield Segment(stretch, answer=False)
+                if stretch:
+                    yield Segment(stretch)
                 yield Segment(self._content(turn.content), answer=True)
                 stretch = ""
             else:
                 stretch += self._content(turn.content)
         if stretch:
-            yield Segment(stretch, answer=False)
+            yield Segment(stretch)
 
     def render(self, conversation: Conversation) -> str:
         """The conversation as one string, before tokenisation."""
@@ -139,7 +157,7 @@ class ChatEncoder:
 
     def encode_segments(self, parts: Sequence[Sequence[Segment]]) -> list[Encoded]:
         """Ids and supervision of many conversations, each given as its segments."""
-        texts = [segment.text for segments in parts for segment in segments]
+        texts = [segment.text for segments in parts for segment in segments if segment.token is None]
         encoded = iter(self.encode_texts(texts)) if texts else iter([])
         return [self._joined(segments, encoded) for segments in parts]
 
@@ -148,7 +166,7 @@ class ChatEncoder:
         spans: list[int] = []
         for segment in segments:
             start = len(input_ids)
-            input_ids += next(encoded)
+            input_ids += next(encoded) if segment.token is None else [segment.token]
             if segment.answer:
                 input_ids.append(self.eos_token_id)
                 if not self.pretrain:

@@ -8,8 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from mft_lightning.data.chat_encoder import ChatEncoder, PlainTexts
-from mft_lightning.data.records import Conversation, Turn
+from mft_lightning.data.chat_encoder import ChatEncoder, PlainTexts, marker
+from mft_lightning.data.records import ROLES, Conversation, Turn
 from mft_lightning.errors import UserError
 
 CHAT_TEMPLATE = """\
@@ -27,6 +27,15 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|role_start|>bot<|role_end|>' -}}{%- endif -%}
 """
+# with a content of every role on both sides of a marker and of an eos, and white space at its ends
+_EXAMPLE = (Turn("system", "A b."), Turn("human", " c"), Turn("bot", "\nd e"), Turn("human", "f "), Turn("bot", "g"))
+
+
+def role_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int] | None:
+    """The id of each role's marker where these are control tokens of the tokenizer; None where they are text."""
+    if not {marker(role) for role in ROLES} <= set(tokenizer.all_special_tokens):
+        return None
+    return {role: int(tokenizer.convert_tokens_to_ids(marker(role))) for role in ROLES}  # type: ignore[arg-type]
 
 
 class ChatFormat(ChatEncoder):
@@ -34,12 +43,14 @@ class ChatFormat(ChatEncoder):
 
     Args:
         tokenizer: its eos token closes answers. Text is data: a control token written in a content is encoded as
-            plain text, whatever the tokenizer.
+            plain text, whatever the tokenizer. Role markers are control tokens where it has them as such (of
+            :func:`~mft_lightning.data.tokenizer.add_role_tokens`), else text.
         tokenize_mode: ``sft`` supervises answers and their eos; ``pretrain`` every token but the first.
         normalize_punctuation: rewrite full-width punctuation to ASCII in all contents, as the original did.
 
     Raises:
-        UserError: the tokenizer has no eos token, or would read one of its control tokens out of plain text.
+        UserError: the tokenizer has no eos token, would read one of its control tokens out of plain text, or reads
+            role markers otherwise than they are encoded here.
     """
 
     def __init__(
@@ -55,6 +66,7 @@ class ChatFormat(ChatEncoder):
             eos_token_id=tokenizer.eos_token_id,
             pretrain=tokenize_mode == "pretrain",
             normalize_punctuation=normalize_punctuation,
+            role_ids=role_ids(tokenizer),
         )
         for token in tokenizer.all_special_tokens:
             if tokenizer.convert_tokens_to_ids(token) in self.encode_texts([token])[0]:
@@ -62,6 +74,18 @@ class ChatFormat(ChatEncoder):
                     f"tokenizer: {token!r} written in a conversation would become a control token. "
                     + self._remedy(token)
                 )
+        if self.role_ids is None:
+            markers = [marker(role) for role in ROLES]
+            if self.encode_texts(markers) != self.encode_one_string(markers):
+                raise UserError(
+                    "data.role_tokens: the tokenizer has a part of the role markers as a control token, so that it "
+                    "reads them otherwise than as text. Set data.role_tokens: added."
+                )
+        elif self.encode([example := Conversation(_EXAMPLE)])[0].input_ids != self._read_at_once(example):
+            raise UserError(
+                "data.role_tokens: this tokenizer encodes a text after a control token otherwise than alone, so that "
+                "markers which are tokens would not keep training and inference alike. Use text."
+            )
 
     def _remedy(self, token: str) -> str:
         """What keeps a control token out of plain text: its mark, unless the model itself makes the token of text."""
@@ -86,6 +110,7 @@ class ChatFormat(ChatEncoder):
             eos_token_id=self.eos_token_id,
             pretrain=self.pretrain,
             normalize_punctuation=self.normalize_punctuation,
+            role_ids=self.role_ids,
         )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -116,6 +141,9 @@ class ChatFormat(ChatEncoder):
         given = iter(answers)
         encoded = (list(next(given)) if segment.answer else next(stretches) for segment in history)
         return self._joined(history, encoded).input_ids
+
+    def _read_at_once(self, conversation: Conversation) -> list[int]:
+        return self.encode_one_string([self.render(conversation)])[0]
 
     def _encode_in_python(self, texts: list[str]) -> list[list[int]]:
         encoding: Any = self.tokenizer(

@@ -27,9 +27,9 @@ from mft_lightning.data.task_files import check_files
 from mft_lightning.data.tasks import find_tasks, find_validation_tasks, parse_task_weights
 from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_cache_dir
 from mft_lightning.data.token_table import RecordTable, TokenTable
-from mft_lightning.data.tokenizer import load_tokenizer, vocabulary_digest
+from mft_lightning.data.tokenizer import add_role_tokens, load_tokenizer, vocabulary_digest
 from mft_lightning.data.workers import loader_options
-from mft_lightning.errors import NotYetError, UserError
+from mft_lightning.errors import UserError
 from mft_lightning.shipped import expanded, shipped_example
 
 
@@ -64,7 +64,8 @@ class MFTDataModule(L.LightningDataModule):
         cache_by_contents: tell changed files by their bytes, which are all read then, not by size and time.
         eos_token: closes every answer. Default: the tokenizer's.
         pad_token: fills padded rows. Default: <|padding|> where the tokenizer has it, else its own, else eos.
-        role_tokens: "text" leaves the role markers ordinary text. "added" is not supported yet.
+        role_tokens: "text" leaves the role markers ordinary text; "added" makes each of them one token, for which
+            embeddings grow if they must.
         normalize_punctuation: rewrite full-width punctuation in all contents to ASCII, as the original did.
         trust_remote_code: run code that comes with the tokenizer.
         max_evaluation_conversations: at most so many conversations of each task in an evaluation. Default: all.
@@ -109,8 +110,6 @@ class MFTDataModule(L.LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
-        if role_tokens == "added":
-            raise NotYetError("data.role_tokens", role_tokens, "Use text.")
         if seq_length < 2:
             raise UserError(f"data.seq_length: {seq_length} leaves no token to predict. Give at least 2.")
         if per_device_valid_batch_size is not None and per_device_valid_batch_size < 1:
@@ -162,9 +161,15 @@ class MFTDataModule(L.LightningDataModule):
             pad_token=pad_token,
             trust_remote_code=trust_remote_code,
         )
+        self.new_tokens = add_role_tokens(self.tokenizer) if role_tokens == "added" else []  # no model knows them yet
         self.chat_format = ChatFormat(
             self.tokenizer, tokenize_mode=tokenize_mode, normalize_punctuation=normalize_punctuation
         )
+        if role_tokens == "text" and self.chat_format.role_ids is not None:
+            raise UserError(
+                f"data.role_tokens: the tokenizer in {tokenizer_path} has the role markers as tokens, and a model that "
+                "was trained with it knows them so. Set data.role_tokens: added."
+            )
         self.max_evaluation_conversations = max_evaluation_conversations
         self.exclude_tasks = exclude_tasks or []
         if unknown := [name for name in self.exclude_tasks if name not in self.task_names]:
@@ -286,6 +291,7 @@ class MFTDataModule(L.LightningDataModule):
             "training conversations": len(table),
             "training tokens (digest)": table.digest,
             "validation tokens (digest)": self.table("valid").digest,
+            "data.role_tokens": "text" if self.chat_format.role_ids is None else "added",
             "tokenizer (digest)": vocabulary_digest(self.tokenizer),
         }
 

@@ -6,11 +6,12 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from reprlib import Repr
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mft_lightning.data.lines import MAX_LINE
 
 Role = Literal["system", "human", "bot"]
+ROLES: tuple[Role, ...] = get_args(Role)
 ROLE_ALIASES: dict[str, Role] = {
     "system": "system",
     "human": "human",

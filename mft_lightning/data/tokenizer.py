@@ -10,7 +10,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
+from mft_lightning.data.chat_encoder import marker
 from mft_lightning.data.chat_format import CHAT_TEMPLATE
+from mft_lightning.data.records import ROLES
 from mft_lightning.errors import UserError, first_line
 
 NEOX_PAD = "<|padding|>"
@@ -52,6 +54,18 @@ def load_tokenizer(
     tokenizer.pad_token = pad_token
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def add_role_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Make each role's marker, like ``<|role_start|>human<|role_end|>``, one control token.
+
+    Returns:
+        Those that were no tokens before; none where the tokenizer is of a run that added them.
+    """
+    markers = [marker(role) for role in ROLES]
+    new = [token for token in markers if token not in tokenizer.get_vocab()]
+    tokenizer.add_special_tokens({"additional_special_tokens": markers}, replace_extra_special_tokens=False)
+    return new
 
 
 def contradictory(path: str, error: StrictDataclassError) -> UserError:

@@ -14,6 +14,7 @@ LOST = (
     "losses before and after may measure different data, and so may the best; and no one configuration makes this run "
     "again."
 )
+UNSAID = {"data.role_tokens": "text"}  # by checkpoints from before it could be anything else
 
 
 def check_same_run(directory: Path, now: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:
@@ -30,7 +31,7 @@ def check_same_run(directory: Path, now: dict[str, Any], may_change: Collection[
     Raises:
         UserError: naming each key that differs and may not, and its two values.
     """
-    saved = read_metadata(directory)["fingerprint"]
+    saved = {**UNSAID, **read_metadata(directory)["fingerprint"]}
     said = {key: f"{key} was {saved.get(key)!r}, is {now[key]!r}" for key in now if saved.get(key) != now[key]}
     if refused := [text for key, text in said.items() if key not in may_change]:
         raise UserError(f"--ckpt_path: {directory.name} belongs to another run: {'; '.join(refused)}. Set them back.")

@@ -20,7 +20,7 @@ from mft_lightning.data.lines import read_blocks
 from mft_lightning.data.tasks import Task
 from mft_lightning.data.token_cache import ABANDONED
 from mft_lightning.data.token_store import TokenStore
-from mft_lightning.data.tokenizer import load_tokenizer
+from mft_lightning.data.tokenizer import add_role_tokens, load_tokenizer
 from mft_lightning.errors import UserError
 from tests.data.caches import BLOCK, ROOT, cache, kept, lines, opened, rows, write
 
@@ -132,9 +132,12 @@ def test_other_ways_to_encode_share_nothing(
     model = str(ROOT / "examples" / "model")
     fewer = load_tokenizer(model)
     fewer.add_tokens(["question"])
+    marked = load_tokenizer(model)
+    add_role_tokens(marked)
     ways = [
         cache(tmp_path / "cache", small_tokenizer),
         cache(tmp_path / "cache", fewer),
+        cache(tmp_path / "cache", marked),
         cache(tmp_path / "cache", load_tokenizer(model, eos_token="<|padding|>")),
         cache(tmp_path / "cache", small_tokenizer, tokenize_mode="pretrain"),
         cache(tmp_path / "cache", small_tokenizer, normalize_punctuation=True),
