@@ -19,6 +19,7 @@ from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.build import adapter_base, is_adapter
 from mft_lightning.model.export import adapter_dtype
 from mft_lightning.model.weight_files import MODEL_SHARDS
+from mft_lightning.model.whole_modules import make_room
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -98,12 +99,14 @@ def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[st
     from peft import PeftModel  # here for the start-up time of asking a full model
 
     model = _pretrained(found, where, adapter_dtype(directory))
+    here = base_digest(base_state(model))  # before it gets rows for the adapter's embeddings
     try:
+        make_room(model, directory)
         model = PeftModel.from_pretrained(model, str(directory), autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{key} {directory}: cannot be put on its base ({first_line(error)}).") from error
     trained_on = metadata["fingerprint"].get("frozen base (digest)") if metadata is not None else None
-    if trained_on not in (None, here := base_digest(base_state(model))):
+    if trained_on not in (None, here):
         raise UserError(
             f"{where}: is not the base that {directory.name} was trained on (digest {here}, trained on {trained_on}). "
             "Give the base of that run."

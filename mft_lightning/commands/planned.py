@@ -102,10 +102,11 @@ class PlannedRun(RunConfig):
 
     @property
     def takes_adapters(self) -> bool:
-        """Whether adapters can be trained: embeddings that grow for the tokenizer would not learn beside them."""
+        """Whether adapters can be trained: tokens that are new would need embeddings and a head that are not one."""
         source = self.model.source
         config = load_config(source.path, source.model_type, source.trust_remote_code)
-        return len(self.datamodule.tokenizer) <= config.vocab_size
+        known = not self.datamodule.new_tokens and len(self.datamodule.tokenizer) <= config.vocab_size
+        return known or not config.tie_word_embeddings
 
     def network(self, adapters: LoraSettings | None = None, **changed: Any) -> SupervisedLM:
         """The run's network without weights, or one that differs from it.
@@ -114,10 +115,11 @@ class PlannedRun(RunConfig):
             adapters: in place of its own, or of none.
             changed: fields of the run's ``ModelSource`` with other values.
         """
-        module = self.model
+        module, tokenizer = self.model, self.datamodule.tokenizer
         own = module.lora if module.peft_type is not None else None
         source = replace(module.source, **changed)
-        return meta_network(source, adapters or own, len(self.datamodule.tokenizer), module.pad_vocab_to_multiple_of)
+        new = len(self.datamodule.new_tokens)
+        return meta_network(source, adapters or own, len(tokenizer), module.pad_vocab_to_multiple_of, new)
 
 
 def batched(sizes: BatchSizes, setup: StepSetup) -> StepSetup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import lightning as L
 from rich.text import Text
@@ -11,9 +12,11 @@ from rich.text import Text
 from mft_lightning.data.admission import TaskReport
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.plan import Plan
+from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.build import count_parameters
 from mft_lightning.model.head_loss import computes_bfloat16
 from mft_lightning.model.module import MFTModule
+from mft_lightning.model.whole_modules import are_embeddings_whole
 from mft_lightning.screen import Grid, labelled, shown
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo
 
@@ -45,6 +48,7 @@ def run_plan(
         *labelled(
             [
                 ("model", f"{shown(Path(module.source.path))} ({module.source.init}), {module.peft_type or 'full'}"),
+                *whole_line(module, datamodule),
                 ("parameters", f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.2%})"),
                 ("batch", batch_line(datamodule)),
                 *([("sampling", sampling_line(plan, datamodule.task_names))] if plan.draws else []),
@@ -67,6 +71,24 @@ def run_plan(
     if "bf16" in str(trainer.precision) and trainer.strategy.root_device.type == "cpu" and not computes_bfloat16():
         lines.append("note: this CPU has no fast bfloat16; 32-true is many times faster here.")
     return [*lines, ""]
+
+
+def whole_line(module: MFTModule, datamodule: MFTDataModule) -> list[tuple[str, str]]:
+    """What trains whole beside adapters, and why; and what becomes of new tokens where their rows do not train."""
+    assert module.network is not None
+    model = module.network.model
+    if not has_adapters(model):
+        return []
+    names = cast(Any, model.peft_config["default"]).modules_to_save or []
+    lines = []
+    if names:
+        grown = module.built is not None and module.built.base_rows is not None
+        why = "model.lora.modules_to_save" if module.lora.modules_to_save is not None else "for new tokens"
+        lines = [("whole", f"{', '.join(names)} ({why}{', and rows for them' if grown else ''})")]
+    if datamodule.new_tokens and not are_embeddings_whole(module.network.causal_lm, names):
+        said = f"the model has never seen {len(datamodule.new_tokens)} of its tokens, and their rows do not all train"
+        lines.append(("note", f"{said} (model.lora.modules_to_save)"))
+    return lines
 
 
 def _device_line(trainer: L.Trainer) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mft_lightning.errors import UserError
+from mft_lightning.model.adapters import COPY, has_adapters, in_base
 from mft_lightning.model.weight_files import UNREADABLE, open_weights
 from mft_lightning.model.weights import live_names
 
@@ -19,11 +20,27 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def base_state(model: PeftModel) -> dict[str, Tensor]:
-    """The frozen base's tensors by the names they had before adapters were added; what is tied, once."""
-    base = cast(PreTrainedModel, model.get_base_model())
-    named = {name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items()}
-    return {name: named[name] for name in named if ".lora_" not in name and name not in base.all_tied_weights_keys}
+def base_state(model: PeftModel | PreTrainedModel, rows: int | None = None) -> dict[str, Tensor]:
+    """The frozen base's tensors by the names they had before adapters were added; what is tied, once.
+
+    Args:
+        model: the base, with adapters or before they are added.
+        rows: of embeddings and head in the base, where it has more of them by now.
+    """
+    base = cast(PreTrainedModel, model.get_base_model() if has_adapters(model) else model)
+    state = base.state_dict()
+    named = {in_base(name): tensor for name, tensor in state.items() if ".lora_" not in name and COPY not in name}
+    grown: set[Any] = set()
+    if rows is not None:
+        ends = (base.get_input_embeddings(), base.get_output_embeddings())
+        grown = {
+            in_base(f"{path}.{key}") for path, end in base.named_modules() if end in ends for key in end.state_dict()
+        }
+    return {
+        name: tensor[:rows] if name in grown else tensor
+        for name, tensor in named.items()
+        if name not in base.all_tied_weights_keys
+    }
 
 
 def base_digest(base: Mapping[str, Tensor]) -> str:

@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from mft_lightning import ranks
 from mft_lightning.data.tokenizer import contradictory
-from mft_lightning.errors import NotYetError, UserError, first_line
+from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
 from mft_lightning.model.base import base_state
@@ -97,18 +97,24 @@ class Built:
         network: with its adapters, if it has any.
         weights: what a sketch's base is to have; None where the network is complete.
         seed: of a sketch's adapters.
+        base_rows: of the embeddings of a stored base, where they had to grow; None where they are as it has them.
     """
 
     network: SupervisedLM
     weights: Weights | None
     seed: int
+    base_rows: int | None = None
 
     @property
     def base(self) -> Mapping[str, Tensor]:
-        """The weights of the frozen base, none where all weights train."""
+        """The weights of the frozen base that adapters name, none where all weights train."""
         if not has_adapters(self.network.model):
             return {}
-        return base_state(self.network.model) if self.weights is None else self.weights
+        if self.weights is None:
+            return base_state(self.network.model, self.base_rows)
+        if self.base_rows is not None and isinstance(self.weights, GrownWeights):
+            return self.weights.weights
+        return self.weights
 
     def complete(self, part: nn.Module | None = None) -> None:
         """Give a part of the network, or all that is left of it, its values; nothing where it has them."""
@@ -127,6 +133,7 @@ def make_network(
     checkpoint_activations: bool,
     pad_vocab_to_multiple_of: int | None,
     packed: bool,
+    new_tokens: int = 0,
     sketched: bool = False,
 ) -> Built:
     """The network of a run, from its base to its adapters, tried out on what training takes for granted.
@@ -140,6 +147,7 @@ def make_network(
         checkpoint_activations: whether the backward pass computes activations again.
         pad_vocab_to_multiple_of: of rows that embeddings grow to, where they must.
         packed: whether rows will be packed.
+        new_tokens: tokens that the base has never seen.
         sketched: leave it on the meta device; a small model of its kind is tried out.
 
     Raises:
@@ -151,7 +159,8 @@ def make_network(
         # Of a frozen base the digest reads everything; and what the first rank finds whole the others read.
         if isinstance(weights, StoredWeights) and not frozen and ranks.is_first():
             weights.check()
-        if needs_rows(model, tokenizer, frozen=frozen):
+        rows, grown = count_rows(model), needs_rows(model, tokenizer)
+        if grown:
             weights = GrownWeights(weights, len(tokenizer), pad_vocab_to_multiple_of, source.seed)
             model.resize_token_embeddings(len(tokenizer), pad_vocab_to_multiple_of, mean_resizing=False)
         small = _small(model)
@@ -159,7 +168,8 @@ def make_network(
         nn.Module.to(small, "meta")  # or its memory stays until cycles are looked for
     else:
         model = build_causal_lm(source)
-        if needs_rows(model, tokenizer, frozen=frozen):
+        rows, grown = count_rows(model), needs_rows(model, tokenizer)
+        if grown:
             grow_embeddings(model, len(tokenizer), pad_vocab_to_multiple_of, source.seed)
         check_assumptions(SupervisedLM(model, objective), packed=packed)
     name_special_tokens(model, tokenizer)
@@ -168,8 +178,9 @@ def make_network(
     adapted: nn.Module = model
     if adapters is not None:
         base_path = saved_path(random_base if source.init == "random" else source.path)
-        adapted = add_lora(model, adapters, base_path=base_path)
-    built = Built(SupervisedLM(adapted, objective), weights, source.seed)
+        adapted = add_lora(model, adapters, base_path=base_path, new_tokens=new_tokens, grown=grown)
+    base_rows = rows if grown and source.init == "pretrained" else None  # a random base is written as it grew
+    built = Built(SupervisedLM(adapted, objective), weights, source.seed, base_rows)
     if not sketched:
         draw_adapters(model, source.seed)
     return built
@@ -239,20 +250,14 @@ def _small(model: PreTrainedModel) -> PreTrainedModel:
     return small
 
 
-def needs_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, frozen: bool) -> bool:
-    """Whether the tokenizer has more tokens than the model has embeddings.
+def count_rows(model: PreTrainedModel) -> int:
+    """A model's embeddings."""
+    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
 
-    Raises:
-        NotYetError: it has, but they are ``frozen`` (LoRA), so that new rows would never learn.
-    """
-    rows = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-    if len(tokenizer) > rows and frozen:
-        raise NotYetError(
-            "model.peft_type",
-            "lora",
-            f"The tokenizer has {len(tokenizer)} tokens, the model {rows}: to grow embeddings, train all weights.",
-        )
-    return len(tokenizer) > rows
+
+def needs_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer has more tokens than the model has embeddings."""
+    return len(tokenizer) > count_rows(model)
 
 
 def name_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

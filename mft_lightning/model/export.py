@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from mft_lightning.errors import UserError, first_line
-from mft_lightning.model.adapters import has_adapters
+from mft_lightning.model.adapters import COPY, has_adapters
 from mft_lightning.model.base import base_digest
 from mft_lightning.model.config_file import add_older_names
 from mft_lightning.model.weight_files import MODEL_SHARDS, ShardFiles
@@ -68,12 +68,13 @@ class ModelWriter:
 
     def describe(self, directory: Path) -> None:
         """Write all but the weights."""
-        self({}, directory)
+        names = trained_names(self._adapted) if self._adapted is not None else ()
+        self({name: torch.empty(0) for name in names}, directory)
         (directory / ADAPTER_FILE).unlink(missing_ok=True)
 
     def place(self, name: str) -> str:
         """The name that a tensor of the live model has in a file."""
-        return name.replace(".default.", ".") if self._adapted is not None else _place(self._whole, name)
+        return _adapter_place(name) if self._adapted is not None else _place(self._whole, name)
 
 
 def save_causal_lm(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
@@ -153,6 +154,11 @@ def _adapter_twin(model: PeftModel) -> PeftModel:
     return adapted
 
 
+def _adapter_place(name: str) -> str:
+    """The name that peft gives a tensor of an adapter in a file: without the adapter's own."""
+    return name.replace(COPY, "").replace(".default.", ".")
+
+
 def load_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:
     """The tensors of a saved model by the live model's names.
 
@@ -193,7 +199,7 @@ def _load_adapter(model: PeftModel, directory: Path) -> dict[str, Tensor]:
     if not (directory / "adapter_config.json").is_file():
         raise UserError(f"{directory}: holds no adapter. Was it saved without model.peft_type: lora?")
     saved = _adapter_tensors(directory)
-    live = {name.replace(".default.", "."): name for name in trained_names(model)}  # peft saves without its own name
+    live = {_adapter_place(name): name for name in trained_names(model)}
     return {live.get(name, name): tensor for name, tensor in saved.items()}
 
 
@@ -215,6 +221,7 @@ def describe(model: nn.Module, causal_lm: PreTrainedModel, base: Mapping[str, Te
         frozen = base_digest(base)
         lora: Any = model.peft_config["default"]
         adapter = f"r {lora.r}, alpha {lora.lora_alpha:g}, on {', '.join(sorted(lora.target_modules))}"
+        adapter += f", whole: {', '.join(sorted(lora.modules_to_save))}" if lora.modules_to_save else ""
     return {"model configuration (digest)": digest, "model.lora": adapter, "frozen base (digest)": frozen}
 
 

@@ -19,6 +19,7 @@ from mft_lightning.model.head_loss import computes_bfloat16
 from mft_lightning.model.parallel import transformer_layers
 from mft_lightning.model.step_setup import StepSetup
 from mft_lightning.model.supervised_loss import LOGIT_BUDGET, LOGIT_BUDGETS
+from mft_lightning.model.whole_modules import in_force
 
 PARTS = ("weights", "gathered weights", "gradients", "optimizer", "activations", "loss")
 
@@ -58,7 +59,7 @@ class _Step:
         network = self.network = setup.group_member()
         layers = transformer_layers(network)
         self.config, self.layer, self.layers = network.causal_lm.config, cast(Any, layers[0]), len(layers)
-        self.head: Any = network.causal_lm.get_output_embeddings()
+        self.head: Any = in_force(cast(nn.Module, network.causal_lm.get_output_embeddings()))
         self.several = setup.micro_batches > 1
         self.fsdp = setup.sharing == "fsdp"
         self.communicates = self.fsdp and setup.data_parallel_size > 1

@@ -170,7 +170,7 @@ class MFTModule(L.LightningModule):
     def check(self, datamodule: MFTDataModule, tensor_parallel_size: int = 1) -> None:
         """Raise what can be known without loading weights or data."""
         config = load_config(self.source.path, self.source.model_type, self.source.trust_remote_code)
-        check_tensor_parallel(config, tensor_parallel_size)
+        check_tensor_parallel(config, tensor_parallel_size, self.lora.modules_to_save or [])
         if datamodule.task_weights is not None and self.weighted_loss_mode not in TASK_WEIGHTED_MODES:
             raise UserError(
                 f"data.task_weights: model.weighted_loss_mode: {self.weighted_loss_mode} takes no weights of tasks. "
@@ -201,6 +201,7 @@ class MFTModule(L.LightningModule):
                 checkpoint_activations=self.checkpoint_activations,
                 pad_vocab_to_multiple_of=self.pad_vocab_to_multiple_of,
                 packed=datamodule.packed,
+                new_tokens=len(datamodule.new_tokens),
                 sketched=sketched,
             )
             self.network = self.built.network

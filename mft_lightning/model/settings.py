@@ -18,6 +18,9 @@ class LoraSettings:
         alpha: scale; the adapter's output is multiplied by alpha / r.
         dropout: on the adapter's input.
         target_modules: names of the linear layers that get an adapter. Default: GPT-NeoX's four.
+        modules_to_save: names of layers of which a copy trains whole and is saved beside the adapters. Default:
+            embeddings and head where tokens are new to the base (data.role_tokens: added, or more tokens than rows),
+            else none. [] is none.
         use_rslora: not supported yet.
         use_dora: not supported yet.
         init: how the adapter starts; only "default" (it changes nothing) is supported yet.
@@ -27,6 +30,7 @@ class LoraSettings:
     alpha: float = 32
     dropout: float = 0.05
     target_modules: list[str] | None = None
+    modules_to_save: list[str] | None = None
     use_rslora: bool = False
     use_dora: bool = False
     init: str = "default"

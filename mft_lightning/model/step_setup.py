@@ -71,7 +71,7 @@ class StepSetup:
 
 
 def meta_network(
-    source: ModelSource, adapters: LoraSettings | None, tokens: int, multiple_of: int | None
+    source: ModelSource, adapters: LoraSettings | None, tokens: int, multiple_of: int | None, new_tokens: int = 0
 ) -> SupervisedLM:
     """A run's network without its weights.
 
@@ -80,6 +80,7 @@ def meta_network(
         adapters: their settings; None trains all weights.
         tokens: of the tokenizer, for which embeddings grow.
         multiple_of: of rows that they grow to.
+        new_tokens: tokens that the base has never seen.
 
     Raises:
         UserError: no configuration, or the activations of its model are not known.
@@ -87,8 +88,10 @@ def meta_network(
     config = load_config(source.path, source.model_type, source.trust_remote_code)
     if config.model_type != "gpt_neox":
         raise UserError(f"model.model_type: what a {config.model_type} needs is not known; only a gpt_neox's is.")
-    if tokens > config.vocab_size:
+    if grown := tokens > config.vocab_size:
         step = multiple_of or 1
         config.vocab_size = math.ceil(tokens / step) * step
     model = sketch(config, source.dtype, **model_options(source, config))
-    return SupervisedLM(model if adapters is None else add_lora(model, adapters, base_path=source.path))
+    if adapters is None:
+        return SupervisedLM(model)
+    return SupervisedLM(add_lora(model, adapters, base_path=source.path, new_tokens=new_tokens, grown=grown))

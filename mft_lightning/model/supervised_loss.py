@@ -16,6 +16,7 @@ from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.head_loss import head_loss
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.vocabulary_parallel import VocabularyPart, is_shared
+from mft_lightning.model.whole_modules import in_force
 
 # bytes of a chunk's float32 logits, by device (benchmarks/head_loss.py)
 LOGIT_BUDGETS = {"cpu": 128 * 2**20}
@@ -105,7 +106,7 @@ class SupervisedLM(nn.Module):
 
     @property
     def _head(self) -> nn.Module:
-        return cast(nn.Module, self.causal_lm.get_output_embeddings())
+        return in_force(cast(nn.Module, self.causal_lm.get_output_embeddings()))
 
     def hidden_states(self, micro: MicroBatch) -> Tensor:
         """The backbone's last hidden states, ``[B, T, hidden]``.

@@ -9,6 +9,7 @@ device of a group, sees the same values there and has the same gradients.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -47,11 +48,17 @@ PLANS: dict[str, dict[str, type[ColwiseParallel] | type[RowwiseParallel]]] = {
 }
 
 
-def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
+def check_tensor_parallel(config: PretrainedConfig, size: int, whole: Sequence[str] = ()) -> None:
     """Raise where a model cannot be shared out so.
 
+    Args:
+        config: of the model.
+        size: devices that share each layer.
+        whole: names of modules that train whole beside adapters.
+
     Raises:
-        UserError: a type whose plan is not known, or heads or columns that the devices do not divide.
+        UserError: a type whose plan is not known, heads or columns that the devices do not divide, or a module that
+            would be cut and is to train whole.
     """
     if size == 1:
         return
@@ -60,6 +67,8 @@ def check_tensor_parallel(config: PretrainedConfig, size: int) -> None:
     for name in ("num_attention_heads", "intermediate_size"):
         if (value := getattr(config, name)) % size:
             raise UserError(f"{KEY}: {size} does not divide the model's {name} ({value}).")
+    if cut := [name for name in whole for path in PLANS[config.model_type] if path.endswith(name)]:
+        raise UserError(f"model.lora.modules_to_save: {cut[0]} is cut by {KEY}. Leave it out, or use 1.")
 
 
 def can_split(config: PretrainedConfig, size: int) -> bool:

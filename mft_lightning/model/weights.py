@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mft_lightning.errors import NotYetError, UserError, first_line
+from mft_lightning.model.adapters import in_base
 from mft_lightning.model.seeding import one_thread, seeded
 from mft_lightning.model.weight_files import UNREADABLE, open_weights
 
@@ -243,7 +244,7 @@ def materialise(model: nn.Module, weights: Weights, within: nn.Module | None = N
     for name, owner in model.named_modules():
         if (wanted is not None and owner not in wanted) or not _is_sketched(owner):
             continue
-        values = weights.of(name.replace(".base_layer", ""))
+        values = weights.of(in_base(name))
         for key, parameter in owner._parameters.items():
             if parameter is None or not parameter.is_meta:
                 continue

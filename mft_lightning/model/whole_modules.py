@@ -1,0 +1,99 @@
+"""Modules that train whole beside adapters (peft's ``modules_to_save``): which they are, and room for their rows.
+
+peft leaves such a module as it is, frozen, and trains a copy in its place, which an adapter's files then hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+from mft_lightning.errors import UserError
+
+KEY = "model.lora.modules_to_save"
+IN_FILES = "base_model.model."  # before the name of a module, in an adapter's file
+
+
+def whole_modules(
+    model: PreTrainedModel, asked: list[str] | None, targets: Collection[str], *, new_tokens: int, grown: bool
+) -> list[str]:
+    """The names of the modules that are to train whole.
+
+    Args:
+        model: the base, before adapters are added.
+        asked: ``model.lora.modules_to_save``. None takes embeddings and head where tokens are new to the base.
+        targets: names of the layers that get an adapter.
+        new_tokens: how many tokens of the run's tokenizer the base has never seen.
+        grown: whether the base lacks rows for them, and had to get some.
+
+    Raises:
+        UserError: what is no layer of the model, gets an adapter, or is tied to another; or rows were added, and would
+            not be saved.
+    """
+    both = _embeddings(model)
+    names = asked if asked is not None else both if new_tokens or grown else []
+    own = {path: module for path, module in model.named_modules() if any(True for _ in module.parameters(False))}
+    layers = {path for path, module in own.items() if not any(True for _ in module.children())}
+    for name in names:
+        found = [path for path, _ in model.named_modules() if path.endswith(name)]  # as peft looks for them
+        if not found or not all(path in layers and f".{path}".endswith(f".{name}") for path in found):
+            known = sorted({path.rpartition(".")[2] for path in layers})
+            raise UserError(f"{KEY}: {name!r} is none of the layers {', '.join(known)}.")
+        if any(f".{path}".endswith(f".{target}") for path in found for target in targets):
+            raise UserError(f"{KEY}: {name} gets an adapter (model.lora.target_modules). Name it in one of the two.")
+        weights = {f"{path}.{key}" for path in found for key, _ in own[path].named_parameters()}
+        if weights & {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}:
+            remedy = "Leave it out"
+            if asked is None:
+                remedy = "Set it to [], so that new tokens keep the rows they have"
+            raise UserError(
+                f"{KEY}: {name} is tied: one matrix is the model's embeddings and its head, and a copy that trains "
+                f"would part them. {remedy}, or train all weights (model.peft_type: null)."
+            )
+    if grown and not set(both) <= {name.rpartition(".")[2] for name in names}:
+        raise UserError(
+            f"{KEY}: {names} leaves out {' or '.join(both)}. The tokenizer has more tokens than the model, and rows "
+            "that are added must train to be saved. Leave the key out."
+        )
+    return list(names)
+
+
+def are_embeddings_whole(model: PreTrainedModel, names: Sequence[str]) -> bool:
+    """Whether embeddings and head are among the names of modules that train whole."""
+    return set(_embeddings(model)) <= {name.rpartition(".")[2] for name in names}
+
+
+def _embeddings(model: PreTrainedModel) -> list[str]:
+    """The names, within the modules they stand in, of a model's embeddings and head, whole already or not."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [path.rpartition(".")[2] for end in ends for path, module in model.named_modules() if module is end]
+
+
+def in_force(module: nn.Module) -> nn.Module:
+    """What computes in a module's place: its copy where it trains whole, else itself."""
+    copies: Any = getattr(module, "modules_to_save", None)
+    return module if copies is None else cast(nn.Module, copies["default"])
+
+
+def make_room(model: PreTrainedModel, directory: Path) -> None:
+    """Give a base, in place, the rows that an adapter's embeddings have, for the adapter to be put on it.
+
+    Their values are of no account: the adapter has all of them. peft itself does not do it, and refuses.
+
+    Args:
+        model: the base, without adapters.
+        directory: of the adapter, in peft's form.
+    """
+    embeddings: Any = model.get_input_embeddings()
+    path = next(path for path, module in model.named_modules() if module is embeddings)
+    with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+        if (name := f"{IN_FILES}{path}.weight") not in file.keys():  # noqa: SIM118  # it is no mapping
+            return
+        rows = file.get_slice(name).get_shape()[0]
+    if rows > embeddings.num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)
