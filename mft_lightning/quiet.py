@@ -19,7 +19,10 @@ _WARNINGS = (
     r"Since DeepSpeed handles gradient clipping internally.*",  # as docs/parallel.md says
     r".* has both parameters with requires_grad=True and False\..*",  # of LoRA's every layer: docs/parallel.md
 )
+_ANNOUNCERS = ("lightning", "pytorch_lightning", "transformers.modeling_utils")
 _ANNOUNCEMENTS = (
+    "The new embeddings will be initialized",  # that grow for new tokens, as docs/training.md says
+    "The new lm_head weights will be initialized",
     "Seed set to",
     "GPU available",
     "TPU available",
@@ -37,13 +40,11 @@ _ANNOUNCEMENTS = (
 
 
 def quieten() -> None:
-    """Leave out Lightning's announcements of what this program says itself, and transformers' bars for files.
+    """Leave out announcements of what this program says itself, and transformers' bars for files.
 
     Lightning's loggers are those of the modules imported so far; commands that do without it have none to quieten.
     """
-    for name in [
-        name for name in logging.root.manager.loggerDict if name.startswith(("lightning", "pytorch_lightning"))
-    ]:
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith(_ANNOUNCERS)]:
         logging.getLogger(name).addFilter(_is_news)  # a filter is kept once, however often it is added
     transformers.utils.logging.disable_progress_bar()
     if threading.excepthook is threading.__excepthook__:

@@ -118,8 +118,10 @@ def _fit(config: RunConfig) -> None:
 def _load(checkpoint_io: HFCheckpointIO, path: Path, config: RunConfig) -> list[str]:
     """Load the checkpoint to go on from, if it is of this run, or may be of another; what to say of that."""
     module, datamodule = config.model, config.datamodule
-    checkpoint = checkpoint_io.preload(path)
     may_change = datamodule.fingerprint.keys() if config.settings.checkpoint.allow_changes else ()
+    # told before its weights are found to have other rows
+    check_same_run(path, {"data.role_tokens": datamodule.role_tokens}, may_change)
+    checkpoint = checkpoint_io.preload(path)
     try:
         changes = check_same_run(path, module.fingerprint(datamodule), may_change)
     except UserError as error:

@@ -35,6 +35,7 @@ def build_for(config: RunConfig, checkpoint: CheckpointInfo | None) -> HFCheckpo
     module.build(config.datamodule, random_base=str(config.output_dir / "base"), sketched=config.sharded)
     checkpoint_io = HFCheckpointIO(module)
     if checkpoint is not None:
+        check_same_run(checkpoint.path, {"data.role_tokens": config.datamodule.role_tokens})
         checkpoint_io.preload(checkpoint.path)
         check_same_run(checkpoint.path, module.description)
     return checkpoint_io

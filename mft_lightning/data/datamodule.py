@@ -161,6 +161,7 @@ class MFTDataModule(L.LightningDataModule):
             pad_token=pad_token,
             trust_remote_code=trust_remote_code,
         )
+        self.role_tokens = role_tokens
         self.new_tokens = add_role_tokens(self.tokenizer) if role_tokens == "added" else []  # no model knows them yet
         self.chat_format = ChatFormat(
             self.tokenizer, tokenize_mode=tokenize_mode, normalize_punctuation=normalize_punctuation
@@ -291,7 +292,7 @@ class MFTDataModule(L.LightningDataModule):
             "training conversations": len(table),
             "training tokens (digest)": table.digest,
             "validation tokens (digest)": self.table("valid").digest,
-            "data.role_tokens": "text" if self.chat_format.role_ids is None else "added",
+            "data.role_tokens": self.role_tokens,
             "tokenizer (digest)": vocabulary_digest(self.tokenizer),
         }
 

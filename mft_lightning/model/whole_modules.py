@@ -55,9 +55,10 @@ def whole_modules(
                 f"{KEY}: {name} is tied: one matrix is the model's embeddings and its head, and a copy that trains "
                 f"would part them. {remedy}, or train all weights (model.peft_type: null)."
             )
-    if grown and not set(both) <= {name.rpartition(".")[2] for name in names}:
+    given = {name.rpartition(".")[2] for name in names}
+    if grown and (missing := [name for name in both if name not in given]):
         raise UserError(
-            f"{KEY}: {names} leaves out {' or '.join(both)}. The tokenizer has more tokens than the model, and rows "
+            f"{KEY}: {names} leaves out {' and '.join(missing)}. The tokenizer has more tokens than the model, and rows "
             "that are added must train to be saved. Leave the key out."
         )
     return list(names)
