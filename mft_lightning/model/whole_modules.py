@@ -58,8 +58,8 @@ def whole_modules(
     given = {name.rpartition(".")[2] for name in names}
     if grown and (missing := [name for name in both if name not in given]):
         raise UserError(
-            f"{KEY}: {names} leaves out {' and '.join(missing)}. The tokenizer has more tokens than the model, and rows "
-            "that are added must train to be saved. Leave the key out."
+            f"{KEY}: {names} leaves out {' and '.join(missing)}. The tokenizer has more tokens than the model, and "
+            "rows that are added must train to be saved. Leave the key out."
         )
     return list(names)
 
