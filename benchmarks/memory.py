@@ -60,6 +60,7 @@ def on(devices: int) -> dict[str, str]:
 
 
 LORA = keys(model__peft_type="lora", model__lora__r=16)
+WHOLE = keys(model__lora__modules_to_save="[embed_in,lm_head]")
 AGAIN = keys(model__checkpoint_activations=True)
 PADDED = keys(data__padding_mode="padding")
 DDP, FSDP = keys(trainer__strategy="ddp"), keys(trainer__strategy="fsdp")
@@ -89,6 +90,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     ),
     "512 x 6, bf16-true": (MIDDLE, batch(4, 512) | TRUE),
     "512 x 6, bf16-mixed": (MIDDLE, batch(4, 512) | MIXED),
+    "512 x 6, lora, embeddings and head whole": (MIDDLE, batch(4, 512) | LORA | WHOLE),
     "512 x 6, bf16-mixed, lora": (MIDDLE, batch(4, 512) | MIXED | LORA),
     "512 x 6, bf16-mixed, activations again": (MIDDLE, batch(8, 512) | MIXED | AGAIN),
     "512 x 6, gelu_fast": (model(512, 6, MANY, hidden_act="gelu_fast"), batch(4, 512)),
@@ -100,6 +102,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "512 x 6, fsdp 2, few tokens": (MIDDLE, batch(1, 64, 1, 2) | FSDP),
     "512 x 6, fsdp 2, 2 micro-batches": (MIDDLE, batch(2, 256, 2, 2) | FSDP),
     "512 x 6, fsdp 2, activations again": (MIDDLE, batch(8, 512, 1, 2) | FSDP | AGAIN),
+    "512 x 6, fsdp 2, lora, embeddings and head whole": (MIDDLE, batch(4, 512, 1, 2) | FSDP | LORA | WHOLE),
     "512 x 6, fsdp 2, lora": (MIDDLE, batch(4, 512, 1, 2) | FSDP | LORA),
     "512 x 6, fsdp 2, bf16-mixed": (MIDDLE, batch(4, 512, 1, 2) | FSDP | MIXED),
     "512 x 6, fsdp 2, bf16-true": (MIDDLE, batch(4, 512, 1, 2) | FSDP | TRUE),

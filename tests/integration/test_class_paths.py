@@ -14,7 +14,8 @@ from tests.integration.layouts import apart, differ, in_series
 
 FSDP1, DDP = ("lightning.pytorch.strategies.FSDPStrategy", "lightning.pytorch.strategies.DDPStrategy")
 DEEPSPEED = "lightning.pytorch.strategies.DeepSpeedStrategy"
-KINDS: dict[str, tuple[str, ...]] = {"full": (), "lora": ("--model.lora.dropout", "0")}
+WHOLE = ("--model.lora.modules_to_save", "[embed_in,lm_head]")
+KINDS: dict[str, tuple[str, ...]] = {"full": (), "lora": ("--model.lora.dropout", "0", *WHOLE)}
 LAYER = "transformers.models.gpt_neox.modeling_gpt_neox.GPTNeoXLayer"
 HYBRID = ("--trainer.strategy.sharding_strategy", "HYBRID_SHARD")
 KEEP = ("--checkpoint.save_total_limit", "null", "--data.per_device_train_batch_size", "2")

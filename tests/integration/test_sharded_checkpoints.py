@@ -17,6 +17,7 @@ COMMON += ("--checkpoint.checkpointing_steps", "3", "--checkpoint.save_total_lim
 HALF, LAST = "step-00000003", f"step-{STEPS:08d}"
 WEIGHTS = 1e-9
 PARTS = ("--trainer.strategy", "fsdp", "--checkpoint.sharded", "true")
+LORA = ("--model.lora.dropout", "0", "--model.lora.modules_to_save", "[embed_in,lm_head]")
 SHARED = ("--parallel.tensor_parallel_size", "2")
 
 
@@ -30,7 +31,7 @@ def consolidated(checkpoint: Path) -> Path:
 def test_they_resume_in_every_layout_and_make_the_same_model(
     fit: Callable[..., Path], fit_arguments: Callable[..., list[str]], tmp_path: Path, kind: str
 ) -> None:
-    words = (*COMMON, *(("--model.lora.dropout", "0") if kind == "lora" else ()))
+    words = (*COMMON, *(LORA if kind == "lora" else ()))
     one = fit(tmp_path / "one", *words, config=f"{kind}.yaml")
     reference = weights(one / LAST)
 
