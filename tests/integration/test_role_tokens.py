@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft_lightning.cli import main
+from mft_lightning.training.checkpoint_dirs import read_metadata, write_metadata
 from tests.integration.conftest import metrics, same_weights, weights
 from tests.integration.layouts import apart, differ, in_series
 
@@ -91,6 +92,19 @@ def test_other_role_tokens_are_another_run(drawn: Path, refused: Callable[..., s
     for command in ("fit", "validate"):
         message = refused(drawn, "--ckpt_path", "last", config="lora.yaml", command=command)
         assert "belongs to another run: data.role_tokens was 'added', is 'text'" in message
+
+
+def test_a_checkpoint_from_before_the_key_knows_markers_as_text(
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path
+) -> None:
+    run = fit(tmp_path / "run", "--evaluation.strategy", "none", "--trainer.max_steps", "1")
+    checkpoint = run / "step-00000001"
+    metadata = read_metadata(checkpoint)
+    assert metadata["fingerprint"].pop("data.role_tokens") == "text"
+    write_metadata(checkpoint, metadata)
+    words = ("--evaluation.strategy", "none", "--trainer.max_steps", "2", "--ckpt_path", "last")
+    assert "data.role_tokens was 'text', is 'added'" in refused(run, *words, *ADDED)
+    assert (fit(run, *words) / "step-00000002").is_dir()
 
 
 def test_embeddings_that_grew_open_on_a_base_that_has_as_many_rows(
