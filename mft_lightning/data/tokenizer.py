@@ -84,11 +84,14 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a tokenizer with its chat template, for transformers 4 too.
 
     Which does not know the name that transformers 5 gives a class without a name of its own
-    (https://github.com/huggingface/transformers/issues/47553); transformers 5 knows both names for it.
+    (https://github.com/huggingface/transformers/issues/47553), and stops at a list of extra_special_tokens, such as
+    role markers (https://github.com/huggingface/transformers/pull/45566); transformers 5 knows both names for either.
     """
     tokenizer.save_pretrained(directory)
     file = directory / TOKENIZER_CONFIG_FILE
     config = json.loads(file.read_text(encoding="utf-8"))
     if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

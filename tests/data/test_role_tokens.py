@@ -1,5 +1,6 @@
 """Role markers that are tokens: the encoder against the saved tokenizer's own reading of the rendered conversation."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mft_lightning.data.chat_encoder import marker
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.records import ROLES, Conversation, Turn
-from mft_lightning.data.tokenizer import add_role_tokens, load_tokenizer
+from mft_lightning.data.tokenizer import add_role_tokens, load_tokenizer, save_tokenizer
 from mft_lightning.errors import UserError
 from tests.conftest import ROOT
 from tests.data.test_chat_format import CONTENTS, PLAIN, as_the_tokenizer_reads, by_template, conversations, messages
@@ -36,7 +37,7 @@ def trained_with(request: pytest.FixtureRequest) -> Iterator[ChatFormat]:
 def server(trained_with: ChatFormat, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
     """The tokenizer as a checkpoint has it, opened without this program."""
     directory = tmp_path_factory.mktemp("saved")
-    trained_with.tokenizer.save_pretrained(directory)
+    save_tokenizer(trained_with.tokenizer, directory)
     return AutoTokenizer.from_pretrained(directory)
 
 
@@ -97,6 +98,16 @@ def test_a_server_cannot_tell_a_typed_marker_from_its_own(
     bot = trained_with.role_ids["bot"]
     assert trained_with.encode_prompt(turns).count(bot) == 1
     assert read(server, turns, ask=True).count(bot) == 2
+
+
+def test_transformers_4_finds_the_markers_where_it_looks_for_them(
+    trained_with: ChatFormat, tmp_path: Path, server: PreTrainedTokenizerBase
+) -> None:
+    """Of a list under the newer name 4.57 says that it has no keys, and reads no tokenizer."""
+    save_tokenizer(trained_with.tokenizer, tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert saved["additional_special_tokens"] == MARKERS and "extra_special_tokens" not in saved
+    assert set(MARKERS) < set(server.all_special_tokens)
 
 
 def test_plain_decoding_leaves_the_markers_out(trained_with: ChatFormat, server: PreTrainedTokenizerBase) -> None:
