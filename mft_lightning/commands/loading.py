@@ -18,7 +18,7 @@ from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.build import adapter_base, is_adapter
 from mft_lightning.model.export import adapter_dtype
-from mft_lightning.model.weight_files import MODEL_SHARDS
+from mft_lightning.model.weight_files import MODEL_SHARDS, open_adapter
 from mft_lightning.model.whole_modules import make_room
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
 
@@ -101,7 +101,7 @@ def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[st
     model = _pretrained(found, where, adapter_dtype(directory))
     here = base_digest(base_state(model))  # before it gets rows for the adapter's embeddings
     try:
-        make_room(model, directory)
+        make_room(model, open_adapter(directory))
         model = PeftModel.from_pretrained(model, str(directory), autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{key} {directory}: cannot be put on its base ({first_line(error)}).") from error

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from mft_lightning.errors import NotYetError, UserError, first_line
-from mft_lightning.model.weight_files import UNREADABLE, TensorFiles, open_adapter
+from mft_lightning.model.weight_files import UNREADABLE, open_adapter
 from mft_lightning.model.weights import StoredWeights, Weights, sketch
+from mft_lightning.model.whole_modules import IN_FILES, make_room
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER = "default"  # peft's name for it in a model
-PREFIX = "base_model.model."  # of the base's names within peft's wrapper
 
 
 def read_base(path: str, dtype: torch.dtype | None, where: str) -> Weights:
@@ -74,7 +74,7 @@ class MergedWeights(Weights):
         try:
             self._files = open_adapter(directory)
             self._config = _read_config(directory, where)
-            grown = _with_rows(deepcopy(base.model), self._files)
+            make_room(grown := deepcopy(base.model), self._files)
             self._adapted = _adapted(grown, self._config)
         except UNREADABLE as error:
             raise UserError(f"{where}: cannot be put on its base ({first_line(error)}).") from error
@@ -99,11 +99,11 @@ class MergedWeights(Weights):
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
-        found: Any = self._adapted.get_submodule(PREFIX + name if name else PREFIX[:-1])
+        found: Any = self._adapted.get_submodule(IN_FILES + name if name else IN_FILES[:-1])
         if isinstance(found, ModulesToSaveWrapper):  # of which peft takes the copy that was trained
             found = found.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
         if isinstance(found, TrainableTokensWrapper) and (leader := found.token_adapter.tied_adapter) is not None:
-            return self._merged(self._paths[leader].removeprefix(PREFIX).removesuffix(".token_adapter"))
+            return self._merged(self._paths[leader].removeprefix(IN_FILES).removesuffix(".token_adapter"))
         if isinstance(found, (BaseTunerLayer, TrainableTokensWrapper)):
             return self._through_peft(name, found)
         own = [key for key, value in [*found._parameters.items(), *found._buffers.items()] if value is not None]
@@ -203,7 +203,7 @@ class MergedWeights(Weights):
         )
 
     def _is_touched(self, name: str) -> bool:
-        module = PREFIX + name.rpartition(".")[0]
+        module = IN_FILES + name.rpartition(".")[0]
         return any(place.startswith(f"{module}.") for place in self._places)
 
     def _check_rows(self) -> None:
@@ -229,16 +229,6 @@ def _read_config(directory: Path, where: str) -> Any:
     if config.layer_replication:
         raise UserError(f"{where}: repeats layers of its base (layer_replication), which cannot be merged.")
     return config
-
-
-def _with_rows(model: PreTrainedModel, files: TensorFiles) -> PreTrainedModel:
-    """The sketch with as many rows of embeddings as the adapter holds, where it holds them."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    paths = [PREFIX + name for name, module in model.named_modules() if module in ends]
-    held = {f"{path}{inner}.weight" for path in paths for inner in ("", ".base_layer")} & set(files.names())
-    for rows in {files.shape(place)[0] for place in held} - {model.get_input_embeddings().num_embeddings}:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    return model
 
 
 def _adapted(model: PreTrainedModel, config: Any) -> PeftModel:

@@ -6,17 +6,16 @@ peft leaves such a module as it is, frozen, and trains a copy in its place, whic
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any, cast
 
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from mft_lightning.errors import UserError
+from mft_lightning.model.weight_files import TensorFiles
 
 KEY = "model.lora.modules_to_save"
-IN_FILES = "base_model.model."  # before the name of a module, in an adapter's file
+IN_FILES = "base_model.model."  # before the base's names within peft's wrapper
 
 
 def whole_modules(
@@ -81,20 +80,17 @@ def in_force(module: nn.Module) -> nn.Module:
     return module if copies is None else cast(nn.Module, copies["default"])
 
 
-def make_room(model: PreTrainedModel, directory: Path) -> None:
-    """Give a base, in place, the rows that an adapter's embeddings have, for the adapter to be put on it.
+def make_room(model: PreTrainedModel, adapter: TensorFiles) -> None:
+    """Give a base, in place, as many rows of embeddings as an adapter holds, where it holds them.
 
     Their values are of no account: the adapter has all of them. peft itself does not do it, and refuses.
 
     Args:
-        model: the base, without adapters.
-        directory: of the adapter, in peft's form.
+        model: the base without adapters, or a sketch of it.
+        adapter: the tensors that peft saved.
     """
-    embeddings: Any = model.get_input_embeddings()
-    path = next(path for path, module in model.named_modules() if module is embeddings)
-    with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
-        if (name := f"{IN_FILES}{path}.weight") not in file.keys():  # noqa: SIM118  # it is no mapping
-            return
-        rows = file.get_slice(name).get_shape()[0]
-    if rows > embeddings.num_embeddings:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    paths = [IN_FILES + name for name, module in model.named_modules() if module in ends]
+    held = {f"{path}{inner}.weight" for path in paths for inner in ("", ".base_layer")} & set(adapter.names())
+    for rows in {adapter.shape(place)[0] for place in held} - {cast(Any, ends[0]).num_embeddings}:
         model.resize_token_embeddings(rows, mean_resizing=False)

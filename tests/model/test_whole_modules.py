@@ -23,6 +23,7 @@ from mft_lightning.model.objective import Objective
 from mft_lightning.model.optim import matrix_names
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.tensor_parallel import check_tensor_parallel
+from mft_lightning.model.weight_files import open_adapter
 from mft_lightning.model.weights import sketch
 from mft_lightning.model.whole_modules import make_room, whole_modules
 
@@ -162,7 +163,7 @@ def test_what_is_written_is_read_again_and_the_files_name_no_original(stored: Pa
     writer.describe(described)
     assert [file.name for file in described.iterdir()] == ["adapter_config.json"]
     base = AutoModelForCausalLM.from_pretrained(stored)
-    make_room(base, tmp_path)
+    make_room(base, open_adapter(tmp_path))
     assert base.get_input_embeddings().num_embeddings == base.config.vocab_size == 515
 
 
