@@ -20,7 +20,7 @@ from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.evaluation import EvaluationSettings
 from mft_lightning.training.layout import data_parallel_size, find_layout
 from mft_lightning.training.strategies import ShardedStrategy
-from mft_lightning.training.trainer import RunSettings, check_trainer_keys, placed, weights_dtype
+from mft_lightning.training.trainer import RunSettings, check_trainer_keys, placed, product_dtype, weights_dtype
 from mft_lightning.yaml_text import as_yaml
 
 GROUPS = {
@@ -84,6 +84,7 @@ class RunConfig(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
         parser.link_arguments("trainer.precision", "model.dtype", compute_fn=weights_dtype)
+        parser.link_arguments("trainer.precision", "model.product_dtype", compute_fn=product_dtype)
         parser.link_arguments(
             ("model.tokenizer_path", "model.pretrained_model_path"),
             "data.tokenizer_path",
@@ -117,7 +118,7 @@ class RunConfig(LightningCLI):
 
     def place(self, keys: dict[str, Any]) -> dict[str, Any]:
         """The Trainer keys with the devices and the strategy of this run in place of what was asked for."""
-        return placed(keys, self.settings)
+        return placed(keys, self.settings, quantized=self.model.quantization is not None)
 
     @staticmethod
     def trainer_keys(config: Any) -> dict[str, Any]:

@@ -61,7 +61,14 @@ class PlannedRun(RunConfig):
     def place(self, keys: dict[str, Any]) -> dict[str, Any]:
         """As they are, if a strategy can be made of them; nothing runs."""
         layout, precision = Layout(self.devices, self.devices, 1), str(keys["precision"])
-        make_strategy(keys["strategy"], self.settings.parallel, layout=layout, precision=precision, command=())
+        make_strategy(
+            keys["strategy"],
+            self.settings.parallel,
+            layout=layout,
+            precision=precision,
+            quantized=self.model.quantization is not None,
+            command=(),
+        )
         return keys
 
     @property

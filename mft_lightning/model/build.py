@@ -33,7 +33,8 @@ from mft_lightning.model.base import base_state
 from mft_lightning.model.lora import add_lora, draw_adapters
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.probe import check_assumptions
-from mft_lightning.model.settings import LoraSettings
+from mft_lightning.model.quantized import materialise_quantized, quantize, whole_numel
+from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.model.weights import (
     DrawnWeights,
@@ -98,23 +99,26 @@ class Built:
         weights: what a sketch's base is to have; None where the network is complete.
         seed: of a sketch's adapters.
         base_rows: of the embeddings of a stored base, where they had to grow; None where they are as it has them.
+        unquantized: what the base was before it was quantised; None where it was not.
     """
 
     network: SupervisedLM
     weights: Weights | None
     seed: int
     base_rows: int | None = None
+    unquantized: Weights | None = None
 
     @property
     def base(self) -> Mapping[str, Tensor]:
-        """The weights of the frozen base that adapters name, none where all weights train."""
+        """The weights of the frozen base that adapters name, before any quantisation; none where all weights train."""
         if not has_adapters(self.network.model):
             return {}
-        if self.weights is None:
+        weights = self.weights if self.unquantized is None else self.unquantized
+        if weights is None:
             return base_state(self.network.model, self.base_rows)
-        if self.base_rows is not None and isinstance(self.weights, GrownWeights):
-            return self.weights.weights
-        return self.weights
+        if self.base_rows is not None and isinstance(weights, GrownWeights):
+            return weights.weights
+        return weights
 
     def complete(self, part: nn.Module | None = None) -> None:
         """Give a part of the network, or all that is left of it, its values; nothing where it has them."""
@@ -128,6 +132,7 @@ def make_network(
     tokenizer: PreTrainedTokenizerBase,
     *,
     adapters: LoraSettings | None,
+    quantization: QLoraSettings | None,
     objective: Objective,
     random_base: str,
     checkpoint_activations: bool,
@@ -142,6 +147,7 @@ def make_network(
         source: the base model.
         tokenizer: that the embeddings must have room for.
         adapters: their settings; None trains all weights.
+        quantization: of the base below them; None leaves it as it is.
         objective: what is minimised of a token.
         random_base: the directory that adapters name as their base where the base is a random draw.
         checkpoint_activations: whether the backward pass computes activations again.
@@ -154,7 +160,7 @@ def make_network(
         UserError: a model that cannot be loaded, or that does not do what training takes for granted.
     """
     frozen, weights = adapters is not None, None
-    if sketched:
+    if sketched or quantization is not None:
         model, weights = sketch_causal_lm(source)
         # Of a frozen base the digest reads everything; and what the first rank finds whole the others read.
         if isinstance(weights, StoredWeights) and not frozen and ranks.is_first():
@@ -166,6 +172,8 @@ def make_network(
         small = _small(model)
         check_assumptions(SupervisedLM(small, objective), packed=packed)
         nn.Module.to(small, "meta")  # or its memory stays until cycles are looked for
+        if quantization is not None:
+            quantize(model, quantization)
     else:
         model = build_causal_lm(source)
         rows, grown = count_rows(model), needs_rows(model, tokenizer)
@@ -179,11 +187,14 @@ def make_network(
     if adapters is not None:
         base_path = saved_path(random_base if source.init == "random" else source.path)
         adapted = add_lora(model, adapters, base_path=base_path, new_tokens=new_tokens, grown=grown)
+    network = SupervisedLM(adapted, objective)
     base_rows = rows if grown and source.init == "pretrained" else None  # a random base is written as it grew
-    built = Built(SupervisedLM(adapted, objective), weights, source.seed, base_rows)
-    if not sketched:
-        draw_adapters(model, source.seed)
-    return built
+    if sketched:
+        return Built(network, weights, source.seed, base_rows)
+    draw_adapters(model, source.seed)
+    if weights is not None:
+        materialise_quantized(model, weights)
+    return Built(network, None, source.seed, base_rows, unquantized=weights)
 
 
 def build_causal_lm(source: ModelSource) -> PreTrainedModel:
@@ -275,8 +286,8 @@ def saved_path(path: str) -> str:
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """Trainable and total parameters."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
+    """Trainable and total parameters, of 4 bits too."""
+    sizes = [(whole_numel(parameter), parameter.requires_grad) for parameter in module.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 

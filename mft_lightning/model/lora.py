@@ -56,11 +56,11 @@ def add_lora(
     for layer in adapted.modules():
         if hasattr(layer, "reset_lora_parameters"):
             for matrix in _pair(layer):
-                matrix.to(cast(Any, layer).get_base_layer().weight.dtype)
+                matrix.to(model.dtype)
     return cast("PeftModel", adapted.train())
 
 
-def draw_adapters(model: nn.Module, seed: int, within: nn.Module | None = None) -> None:
+def draw_adapters(model: PreTrainedModel, seed: int, within: nn.Module | None = None) -> None:
     """Give adapters their values: peft's draw for each layer, from the seed and the layer's name.
 
     Made in float32, then rounded to what the base is in.
@@ -71,6 +71,7 @@ def draw_adapters(model: nn.Module, seed: int, within: nn.Module | None = None) 
         within: the part of it; all if left out.
     """
     wanted = set((model if within is None else within).modules())
+    dtype = model.dtype
     for name, layer in model.named_modules():
         if layer not in wanted or not hasattr(layer, "reset_lora_parameters"):
             continue
@@ -82,7 +83,7 @@ def draw_adapters(model: nn.Module, seed: int, within: nn.Module | None = None) 
         with seeded(seed, name):
             adapted.reset_lora_parameters("default", True)
         for matrix in pair:
-            matrix.to(adapted.get_base_layer().weight.dtype)
+            matrix.to(dtype)
 
 
 def _pair(layer: Any) -> list[Any]:

@@ -25,6 +25,7 @@ from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, matrix_names, put_in_force
 from mft_lightning.model.parallel import data_parallel_group, live_parameters
+from mft_lightning.model.quantized import check_quantizable, described
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.step_result import StepResult
 from mft_lightning.model.supervised_loss import SupervisedLM
@@ -46,9 +47,9 @@ class MFTModule(L.LightningModule):
         init: "pretrained" weights, or a "random" draw from the seed (config.json is enough).
         tokenizer_path: directory or hub id of the tokenizer. Default: the model's.
         model_type: of the model in that directory; another causal LM than gpt_neox must be named here.
-        peft_type: null trains all weights, "lora" adapters. "qlora" is not supported yet.
+        peft_type: null trains all weights, "lora" adapters, "qlora" adapters of a base in 4 or 8 bits.
         lora: settings of the adapters.
-        qlora: settings of the quantised base; not supported yet.
+        qlora: settings of the quantised base.
         checkpoint_activations: compute activations again in the backward pass instead of keeping them.
         attn_implementation: sdpa, eager, or flash_attention_2 on CUDA (not yet run on a GPU).
         pad_vocab_to_multiple_of: where the embeddings must grow for the tokenizer, grow to a multiple of this.
@@ -73,6 +74,7 @@ class MFTModule(L.LightningModule):
         max_skipped_steps: optimizer steps with a loss or a gradient that is not finite are skipped; so many in a row
             end the run with an error.
         dtype: of the weights; the command line takes it from trainer.precision.
+        product_dtype: of matrix products; the command line takes it from trainer.precision.
         seed: of random weights; the command line takes it from seed_everything.
     """
 
@@ -108,11 +110,10 @@ class MFTModule(L.LightningModule):
         focal_gamma: float = 0.0,
         max_skipped_steps: int = 10,
         dtype: str = "float32",
+        product_dtype: str = "float32",
         seed: int = 42,
     ) -> None:
         super().__init__()
-        if peft_type == "qlora" or qlora != QLoraSettings():
-            raise NotYetError("model.peft_type", "qlora", "Use lora.")
         check_settings(weighted_loss_mode, coba, famo)
         if attn_implementation == "flex_attention":
             why = "It has no backward pass on the CPU, and was not yet run on a GPU. Use sdpa or eager."
@@ -125,6 +126,8 @@ class MFTModule(L.LightningModule):
             raise UserError(f"model.max_skipped_steps: {max_skipped_steps} is less than 1.")
         if peft_type is None and lora != LoraSettings():
             raise UserError("model.lora: is set, but model.peft_type is null. Set model.peft_type: lora.")
+        if peft_type != "qlora" and qlora != QLoraSettings():
+            raise UserError("model.qlora: is set, but model.peft_type is not qlora. Set model.peft_type: qlora.")
         self.source = ModelSource(
             path=shipped_example(pretrained_model_path),
             init=init,
@@ -135,6 +138,7 @@ class MFTModule(L.LightningModule):
             seed=seed,
         )
         self.peft_type, self.lora = peft_type, lora
+        self.quantization = qlora.resolved(product_dtype) if peft_type == "qlora" else None
         self.checkpoint_activations = checkpoint_activations
         self.pad_vocab_to_multiple_of = pad_vocab_to_multiple_of
         self.optim = OptimizerSettings(
@@ -171,6 +175,8 @@ class MFTModule(L.LightningModule):
         """Raise what can be known without loading weights or data."""
         config = load_config(self.source.path, self.source.model_type, self.source.trust_remote_code)
         check_tensor_parallel(config, tensor_parallel_size, self.lora.modules_to_save or [])
+        if self.quantization is not None:
+            check_quantizable(self.quantization, self.source.dtype)
         if datamodule.task_weights is not None and self.weighted_loss_mode not in TASK_WEIGHTED_MODES:
             raise UserError(
                 f"data.task_weights: model.weighted_loss_mode: {self.weighted_loss_mode} takes no weights of tasks. "
@@ -196,6 +202,7 @@ class MFTModule(L.LightningModule):
                 self.source,
                 datamodule.tokenizer,
                 adapters=self.lora if self.peft_type is not None else None,
+                quantization=self.quantization,
                 objective=self.objective,
                 random_base=random_base,
                 checkpoint_activations=self.checkpoint_activations,
@@ -211,6 +218,7 @@ class MFTModule(L.LightningModule):
             )
             self.sums = {split: TaskSums(names) for split in ("val", "test")}
             self.description = describe(self.network.model, self.network.causal_lm, self.built.base)
+            self.description |= described(self.quantization)
             self.matrices = matrix_names(self.network)
             self.saved_names = {NETWORK + name for name in trained_names(self.network.model)}
         return self.network

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from mft_lightning.errors import NotYetError, UserError
 
@@ -53,16 +53,27 @@ class LoraSettings:
 
 @dataclass(kw_only=True)
 class QLoraSettings:
-    """4-bit and 8-bit base weights (``model.peft_type: qlora``), not supported yet.
+    """4-bit and 8-bit base weights (``model.peft_type: qlora``), by bitsandbytes.
 
     Args:
-        bits: 4 or 8.
-        quant_type: of 4 bits, nf4 or fp4.
+        bits: 4 or 8. The keys below are of 4 bits.
+        quant_type: nf4 or fp4.
         double_quant: quantise the scales too.
-        compute_dtype: of the matrix products.
+        compute_dtype: of matrix products with the base's weights. Default: what trainer.precision computes in.
     """
 
     bits: Literal[4, 8] = 4
     quant_type: Literal["nf4", "fp4"] = "nf4"
     double_quant: bool = True
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits == 4:
+            return
+        for key, default in (("quant_type", "nf4"), ("double_quant", True), ("compute_dtype", None)):
+            if getattr(self, key) != default:
+                raise UserError(f"model.qlora.{key}: is of 4 bits, but model.qlora.bits is 8. Leave it out.")
+
+    def resolved(self, product_dtype: Any) -> QLoraSettings:
+        """With the dtype that 4 bits are computed in, where it was left open."""
+        return self if self.bits == 8 or self.compute_dtype else replace(self, compute_dtype=product_dtype)

@@ -15,6 +15,7 @@ from mft_lightning.model.attention import packed_row_arguments
 from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.head_loss import head_loss
 from mft_lightning.model.objective import Objective
+from mft_lightning.model.quantized import gather_scales
 from mft_lightning.model.vocabulary_parallel import VocabularyPart, is_shared
 from mft_lightning.model.whole_modules import in_force
 
@@ -63,9 +64,11 @@ class SupervisedLM(nn.Module):
         self.logit_budget = logit_budget
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As Lightning's bf16-true casts the weights."""
+        """As Lightning's bf16-true casts the weights, and strategies move them."""
         with unsaved_buffers_kept(self):
-            return super()._apply(fn, recurse)
+            super()._apply(fn, recurse)
+        gather_scales(self)
+        return self
 
     @property
     def causal_lm(self) -> PreTrainedModel:

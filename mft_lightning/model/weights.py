@@ -249,9 +249,16 @@ def materialise(model: nn.Module, weights: Weights, within: nn.Module | None = N
             if parameter is None or not parameter.is_meta:
                 continue
             if parameter not in made:
-                made[parameter] = nn.Parameter(values[key], requires_grad=parameter.requires_grad)
+                made[parameter] = filled(parameter, values[key])
             owner._parameters[key] = made[parameter]
         owner._buffers.update({key: values[key] for key, buffer in owner._buffers.items() if buffer is not None})
+
+
+def filled(sketched: nn.Parameter, value: Tensor) -> nn.Parameter:
+    """A parameter of the sketched one's kind; bitsandbytes' kinds quantise what they are given when it is moved."""
+    if type(sketched) is nn.Parameter:
+        return nn.Parameter(value, requires_grad=sketched.requires_grad)
+    return cast(nn.Parameter, type(sketched)(value, requires_grad=False, **vars(sketched)).to(value.device))
 
 
 def _is_sketched(module: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from mft_lightning.model.export import save_base, save_causal_lm
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import summed_over_data
 from mft_lightning.model.step_result import StepResult
+from mft_lightning.model.weights import Weights
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.retention import supersede
 from mft_lightning.training.skipped_steps import SkippedSteps
@@ -182,8 +183,8 @@ class RandomBase(L.Callback):
             supersede(self.directory)
         with written_aside(self.directory) as aside:
             aside.mkdir()
-            if built.weights is None:
-                save_causal_lm(model, dict(base), aside)
-            else:
+            if isinstance(base, Weights):
                 save_base(model, base, aside)
+            else:
+                save_causal_lm(model, dict(base), aside)
             save_tokenizer(module.datamodule.tokenizer, aside)

@@ -141,7 +141,13 @@ def _as_parameter(value: Any, parameter: torch.Tensor) -> Any:
 
 
 def make_strategy(
-    asked: Any, settings: ParallelSettings, *, layout: Layout, precision: str, command: Sequence[str]
+    asked: Any,
+    settings: ParallelSettings,
+    *,
+    layout: Layout,
+    precision: str,
+    command: Sequence[str],
+    quantized: bool = False,
 ) -> str | Strategy:
     """The strategy of a run.
 
@@ -151,6 +157,7 @@ def make_strategy(
         layout: the devices of the run.
         precision: ``trainer.precision``.
         command: the words that start a further rank.
+        quantized: whether the model's base has 4 or 8 bits.
 
     Raises:
         UserError: an unknown name, options that the strategy does not have, or a strategy that cannot do this.
@@ -159,6 +166,8 @@ def make_strategy(
     if asked == "auto" and layout.total > 1:
         name = "fsdp" if settings.tensor_parallel_size > 1 else "ddp"
     _check_options(name, settings)
+    if quantized and (name == "fsdp" or isinstance(name, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy))):
+        raise _shares_no_bits(name, settings)
     if isinstance(name, Strategy):
         return _adopted(name, layout=layout, precision=precision, command=command)
     if name == "ddp":
@@ -173,6 +182,18 @@ def make_strategy(
             "trainer.strategy.class_path."
         )
     return "auto"
+
+
+def _shares_no_bits(name: str | Strategy, settings: ParallelSettings) -> UserError:
+    """What to say where a quantised base would be shared out over devices."""
+    key, value = "trainer.strategy", name if isinstance(name, str) else type(name).__name__
+    if settings.tensor_parallel_size > 1:
+        key, value = "parallel.tensor_parallel_size", str(settings.tensor_parallel_size)
+    return UserError(
+        f"{key}: {value} cuts weights and shares them out over devices, which those of model.peft_type: qlora cannot "
+        "be: bitsandbytes holds a matrix as one string of bytes, with scales beside it. Use trainer.strategy: ddp, or "
+        "model.peft_type: lora."
+    )
 
 
 def _adopted(given: Strategy, *, layout: Layout, precision: str, command: Sequence[str]) -> Strategy:

@@ -84,6 +84,13 @@ def weights_dtype(precision: Any) -> str:
     return WEIGHTS_DTYPE[str(precision)]
 
 
+def product_dtype(precision: Any) -> str:
+    """The dtype matrix products are computed in under ``trainer.precision``."""
+    if str(precision).endswith("-mixed"):
+        return "bfloat16" if str(precision) == "bf16-mixed" else "float16"
+    return weights_dtype(precision)
+
+
 def check_trainer_keys(keys: dict[str, Any]) -> None:
     """Refuse Trainer keys that are set but have another home here, and what this version cannot do.
 
@@ -203,8 +210,13 @@ def _own_bar(keys: dict[str, Any]) -> bool:
     return any(isinstance(callback, ProgressBar) for callback in _listed(keys.get("callbacks")))
 
 
-def placed(keys: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
+def placed(keys: dict[str, Any], settings: RunSettings, *, quantized: bool = False) -> dict[str, Any]:
     """The Trainer keys with the devices and the strategy of this run in place of what was asked for.
+
+    Args:
+        keys: of the Trainer.
+        settings: the other groups of keys.
+        quantized: whether the model's base has 4 or 8 bits.
 
     Raises:
         UserError: devices or a strategy that cannot be had.
@@ -215,6 +227,7 @@ def placed(keys: dict[str, Any], settings: RunSettings) -> dict[str, Any]:
         settings.parallel,
         layout=layout,
         precision=precision,
+        quantized=quantized,
         command=settings.command,
     )
     keys = {**keys, "devices": layout.devices, "num_nodes": layout.nodes, "strategy": strategy}

@@ -59,7 +59,7 @@ GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
         (("--data.task_sampling", "uniform"), "data.task_sampling: 'uniform' is neither proportional"),
         (("--data.task_sampling", "[1, 2]"), "data.task_sampling: [1.0, 2.0] is not one positive number for each"),
         (("--data.task_sampling", "[1, 1, 1e-9]"), "draws nothing of unit_tests in an epoch of 1,178 conversations"),
-        (("--model.peft_type", "qlora"), "'qlora' is not supported yet"),
+        (("--model.qlora.bits", "8"), "model.qlora: is set, but model.peft_type is not qlora"),
         (("--model.coba.tau", "1"), "model.coba: is set, but model.weighted_loss_mode is case3"),
         (("--model.famo.learning_rate", "0"), "model.famo.learning_rate: 0.0 is no number above 0"),
         (

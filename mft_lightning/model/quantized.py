@@ -1,0 +1,165 @@
+"""The frozen base in 4 or 8 bits, by bitsandbytes: a sketch's layers replaced, given their values, and read back.
+
+All linear layers but the head are quantised, one after the other; the head, embeddings and norms stay as they are. That
+is done in host memory, so that a base has the same bits whatever device it trains on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import fields
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from mft_lightning.errors import UserError
+from mft_lightning.model.settings import QLoraSettings
+from mft_lightning.model.weights import Weights, filled, materialise
+
+KEY = "model.qlora."
+
+
+def check_quantizable(settings: QLoraSettings, dtype: torch.dtype) -> None:
+    """Refuse what cannot be quantised, without reading any weights.
+
+    Args:
+        settings: of the quantisation.
+        dtype: of the base's weights before it.
+
+    Raises:
+        UserError: bitsandbytes is not installed, or does not know the dtype.
+    """
+    require_bitsandbytes("model.peft_type: qlora")
+    if dtype == torch.float64:
+        raise UserError(
+            f"trainer.precision: 64-true is too much for {settings.bits} bits, which bitsandbytes reads in 32 at most. "
+            "Use 32-true."
+        )
+
+
+def require_bitsandbytes(what: str) -> None:
+    """Say what to install where bitsandbytes is not.
+
+    Args:
+        what: needs it, for the message.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise UserError(
+            f'{what}: needs bitsandbytes, which is not installed. Install it with pip install -e ".[qlora]" -c '
+            "constraints.txt."
+        )
+
+
+def quantize(model: PreTrainedModel, settings: QLoraSettings) -> None:
+    """Give a sketch, in place, layers whose values will be quantised when they come.
+
+    Args:
+        model: on the meta device, without adapters.
+        settings: with a ``compute_dtype`` where there are 4 bits.
+    """
+    from transformers.integrations import replace_with_bnb_linear  # which imports bitsandbytes
+
+    if settings.bits == 8:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=settings.quant_type,
+            bnb_4bit_use_double_quant=settings.double_quant,
+            bnb_4bit_compute_dtype=settings.compute_dtype,
+        )
+    replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization_config=config)
+    setattr(model, f"is_loaded_in_{settings.bits}bit", True)  # by which peft knows it
+    for layer in model.modules():
+        # On a CPU with bfloat16 instructions the first evaluation would round a layer's scales for good, and no
+        # gradient would pass through it any more (bitsandbytes 0.50.2, Linear4bit.forward: packing_format_for_cpu).
+        if type(layer).__name__ == "Linear4bit":
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def materialise_quantized(model: PreTrainedModel, weights: Weights) -> None:
+    """Give a sketch with :func:`quantize`'s layers its values; one module's are whole in memory at a time.
+
+    Args:
+        model: with or without adapters.
+        weights: of the base before it is quantised.
+    """
+    materialise(model, weights)
+    for layer in _eight_bit_layers(model):
+        layer.init_8bit_state()
+
+
+def gather_scales(module: nn.Module) -> None:
+    """Bring the scales of 8-bit layers to where their weights were moved to with the module.
+
+    A ``Linear8bitLt`` does so only where it is moved itself, and not with what it is part of
+    (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1332).
+    """
+    for layer in _eight_bit_layers(module):
+        if layer.state.SCB is not None:
+            layer.state.CB = layer.weight.data
+            layer.state.SCB = layer.state.SCB.to(layer.weight.device)
+
+
+def _eight_bit_layers(module: nn.Module) -> list[Any]:
+    # by name, as peft's layers that wrap them are called the same
+    return [layer for layer in module.modules() if type(layer).__name__ == "Linear8bitLt" and hasattr(layer, "state")]
+
+
+def whole_numel(parameter: nn.Parameter) -> int:
+    """The elements of a weight, of which two are a byte where they have 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+class DequantizedWeights(Weights):
+    """Weights as a quantised base computes with them: those of its quantised layers there and back again.
+
+    Args:
+        weights: before they are quantised.
+        settings: of :func:`quantize`.
+    """
+
+    def __init__(self, weights: Weights, settings: QLoraSettings) -> None:
+        super().__init__(weights.model, weights.dtype)
+        self.weights = weights
+        self._quantized = deepcopy(weights.model)
+        quantize(self._quantized, settings)
+
+    def of(self, name: str) -> dict[str, Tensor]:
+        return {key: self._there_and_back(name, key, value) for key, value in self.weights.of(name).items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        module, _, key = name.rpartition(".")
+        return self._there_and_back(module, key, self.weights[name])
+
+    def _there_and_back(self, module: str, key: str, value: Tensor) -> Tensor:
+        sketched = self._quantized.get_submodule(module)._parameters.get(key)
+        if sketched is None or type(sketched) is nn.Parameter:
+            return value
+        from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # which imports bitsandbytes
+
+        quantized = filled(sketched, value)
+        return dequantize_bnb_weight(quantized, SimpleNamespace(SCB=getattr(quantized, "SCB", None))).to(self.dtype)
+
+
+def described(settings: QLoraSettings | None) -> dict[str, Any]:
+    """A quantisation by its keys, as a checkpoint tells of it; None for what is not there."""
+    there = {} if settings is None else {"bits": settings.bits} if settings.bits == 8 else vars(settings)
+    return {KEY + field.name: there.get(field.name) for field in fields(QLoraSettings)}
+
+
+def settings_of(description: Mapping[str, Any]) -> QLoraSettings | None:
+    """The quantisation that a checkpoint tells of (``fingerprint`` of its ``checkpoint.json``), if any."""
+    given = {field.name: description.get(KEY + field.name) for field in fields(QLoraSettings)}
+    there = {name: value for name, value in given.items() if value is not None}
+    return QLoraSettings(**there) if there else None
