@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.build import adapter_base, is_adapter
 from mft_lightning.model.export import adapter_dtype
+from mft_lightning.model.quantized import quantized_causal_lm, settings_of
 from mft_lightning.model.weight_files import MODEL_SHARDS, open_adapter
 from mft_lightning.model.whole_modules import make_room
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
@@ -34,7 +36,9 @@ class LoadedModel:
     chat_format: ChatFormat
 
 
-def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str = "auto") -> LoadedModel:
+def load_model(
+    directory: Path, key: str, *, base: str | None = None, dtype: str = "auto", quantized: bool = True
+) -> LoadedModel:
     """Load a checkpoint to ask it or to merge it.
 
     Args:
@@ -42,13 +46,15 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
         key: the command-line key that named it, for messages.
         base: the adapter's base, in place of the one it names.
         dtype: of the weights in memory; ``auto`` as they are saved, an adapter's base as it was trained on.
+        quantized: whether the base of a QLoRA checkpoint has the 4 or 8 bits that it was trained on, in which case
+            ``dtype`` is of the rest; else it is as it was before.
 
     Raises:
         UserError: the directory is no model, or its base is gone or is not the one the adapter was trained on.
     """
     metadata = checked_metadata(directory, key)
     if is_adapter(directory):
-        model = _with_adapter(directory, key, base, metadata)
+        model = _with_adapter(directory, key, base, metadata, quantized)
         with unsaved_buffers_kept(model):
             model = model if dtype == "auto" else model.to(getattr(torch, dtype))
     else:
@@ -93,19 +99,25 @@ def _pretrained(path: Path | str, where: str, dtype: str) -> Any:
         raise UserError(f"{where}: cannot be loaded ({first_line(error)}).") from error
 
 
-def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[str, Any] | None) -> Any:
+def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[str, Any] | None, quantized: bool) -> Any:
     """The adapter on its base, in the dtype it was trained in, if the base is bit for bit the one of that run."""
     found, where = base_of(directory, key, base)
     from peft import PeftModel  # here for the start-up time of asking a full model
 
-    model = _pretrained(found, where, adapter_dtype(directory))
-    here = base_digest(base_state(model))  # before it gets rows for the adapter's embeddings
+    described = {} if metadata is None else metadata["fingerprint"]
+    settings, kind = settings_of(described) if quantized else None, adapter_dtype(directory)
+    weights: Mapping[str, torch.Tensor] | None = None
+    if settings is None:
+        model = _pretrained(found, where, kind)
+    else:
+        model, weights = quantized_causal_lm(found, getattr(torch, kind), settings, where)
+    here = base_digest(base_state(model) if weights is None else weights)  # before it gets rows for embeddings
     try:
         make_room(model, open_adapter(directory))
         model = PeftModel.from_pretrained(model, str(directory), autocast_adapter_dtype=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{key} {directory}: cannot be put on its base ({first_line(error)}).") from error
-    trained_on = metadata["fingerprint"].get("frozen base (digest)") if metadata is not None else None
+    trained_on = described.get("frozen base (digest)")
     if trained_on not in (None, here):
         raise UserError(
             f"{where}: is not the base that {directory.name} was trained on (digest {here}, trained on {trained_on}). "

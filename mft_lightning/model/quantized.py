@@ -7,6 +7,7 @@ is done in host memory, so that a base has the same bits whatever device it trai
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import fields
 from importlib.util import find_spec
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.settings import QLoraSettings
-from mft_lightning.model.weights import Weights, filled, materialise
+from mft_lightning.model.weights import StoredWeights, Weights, filled, materialise, sketch
 
 KEY = "model.qlora."
 
@@ -84,6 +85,33 @@ def quantize(model: PreTrainedModel, settings: QLoraSettings) -> None:
         # gradient would pass through it any more (bitsandbytes 0.50.2, Linear4bit.forward: packing_format_for_cpu).
         if type(layer).__name__ == "Linear4bit":
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def quantized_causal_lm(
+    path: str, dtype: torch.dtype, settings: QLoraSettings, where: str
+) -> tuple[PreTrainedModel, Weights]:
+    """A saved base as a run with these settings quantises it, and its weights before that.
+
+    Args:
+        path: of a model directory or hub id.
+        dtype: of the base's weights before it, and of what is not quantised.
+        settings: of the quantisation.
+        where: what an error says of the base.
+
+    Raises:
+        UserError: the base cannot be read, or bitsandbytes is not installed.
+    """
+    require_bitsandbytes(where)
+    try:
+        model = sketch(AutoConfig.from_pretrained(path), dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: cannot be loaded ({first_line(error)}).") from error
+    with suppress(OSError):  # which not every model has
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    weights = StoredWeights(deepcopy(model), dtype, path, where=where)
+    quantize(model, settings)
+    materialise_quantized(model, weights)
+    return model, weights
 
 
 def materialise_quantized(model: PreTrainedModel, weights: Weights) -> None:

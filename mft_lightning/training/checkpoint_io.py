@@ -113,6 +113,7 @@ class HFCheckpointIO(CheckpointIO):
                 "lightning": L.__version__,
                 "transformers": transformers.__version__,
                 "peft": version("peft"),
+                **({} if self.module.quantization is None else {"bitsandbytes": version("bitsandbytes")}),
             },
         }
 

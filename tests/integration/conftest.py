@@ -76,7 +76,7 @@ def fit_arguments(tiny_model: Path, example_tasks: list[str]) -> Callable[..., l
             "--evaluation.max_conversations_per_task": "6",
             "--checkpoint.checkpointing_steps": "4",
         }
-        if config == "lora.yaml":
+        if config in ("lora.yaml", "qlora.yaml"):
             quick["--model.lora.r"] = "4"
         return [*(word for pair in quick.items() for word in pair), *words]
 
