@@ -61,6 +61,8 @@ def on(devices: int) -> dict[str, str]:
 
 LORA = keys(model__peft_type="lora", model__lora__r=16)
 WHOLE = keys(model__lora__modules_to_save="[embed_in,lm_head]")
+QLORA = LORA | keys(model__peft_type="qlora")
+EIGHT = QLORA | keys(model__qlora__bits=8)
 AGAIN = keys(model__checkpoint_activations=True)
 PADDED = keys(data__padding_mode="padding")
 DDP, FSDP = keys(trainer__strategy="ddp"), keys(trainer__strategy="fsdp")
@@ -92,6 +94,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "512 x 6, bf16-mixed": (MIDDLE, batch(4, 512) | MIXED),
     "512 x 6, lora, embeddings and head whole": (MIDDLE, batch(4, 512) | LORA | WHOLE),
     "512 x 6, bf16-mixed, lora": (MIDDLE, batch(4, 512) | MIXED | LORA),
+    "512 x 6, qlora": (MIDDLE, batch(4, 512) | QLORA),
+    "512 x 6, qlora, activations again": (MIDDLE, batch(4, 512) | QLORA | AGAIN),
+    "512 x 6, qlora, few tokens": (MIDDLE, batch(1, 64) | QLORA),
+    "512 x 6, qlora, bf16-mixed": (MIDDLE, batch(4, 512) | QLORA | MIXED),
+    "512 x 6, qlora, bf16-true": (MIDDLE, batch(4, 512) | QLORA | TRUE),
+    "512 x 6, qlora in 8 bits": (MIDDLE, batch(4, 512) | EIGHT),
+    "512 x 6, qlora in 8 bits, activations again": (MIDDLE, batch(4, 512) | EIGHT | AGAIN),
+    "512 x 6, qlora in 8 bits, bf16-mixed": (MIDDLE, batch(4, 512) | EIGHT | MIXED),
+    "256 x 4, qlora": (SMALL, batch(8, 256) | QLORA),
+    "256 x 4, qlora, bf16-mixed": (SMALL, batch(8, 256) | QLORA | MIXED),
+    "768 x 12, qlora, few tokens": (LARGE, batch(1, 256) | QLORA),
     "512 x 6, bf16-mixed, activations again": (MIDDLE, batch(8, 512) | MIXED | AGAIN),
     "512 x 6, gelu_fast": (model(512, 6, MANY, hidden_act="gelu_fast"), batch(4, 512)),
     "512 x 6, ddp 2": (MIDDLE, batch(4, 512, 1, 2) | DDP),

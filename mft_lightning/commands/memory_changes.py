@@ -12,7 +12,8 @@ import torch
 from mft_lightning.commands.planned import PlannedRun, batched
 from mft_lightning.model.memory import peak
 from mft_lightning.model.parallel import ParallelSettings
-from mft_lightning.model.settings import LoraSettings
+from mft_lightning.model.quantized import has_bitsandbytes
+from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.step_setup import StepSetup
 from mft_lightning.model.tensor_parallel import can_split
 from mft_lightning.training.trainer import weights_dtype
@@ -86,7 +87,8 @@ def _candidates(run: PlannedRun, setup: StepSetup) -> Iterator[_Candidate]:
     if module.source.attn_implementation == "eager":
         sdpa = run.network(attn_implementation="sdpa")
         yield _Candidate({"model.attn_implementation": "sdpa"}, _with(network=sdpa), same=True)
-    yield from _sharing(run, setup)
+    if module.quantization is None:
+        yield from _sharing(run, setup)
     for count in dict.fromkeys((setup.conversations // 2, 1)):
         if sizes.per_device is not None and 0 < count < setup.conversations and setup.conversations % count == 0:
             smaller = partial(batched, replace(sizes, per_device=count))
@@ -99,6 +101,10 @@ def _candidates(run: PlannedRun, setup: StepSetup) -> Iterator[_Candidate]:
         yield _Candidate({"data.seq_length": half}, lambda step: batched(sizes, shorter(step)), same=False)
     if module.peft_type is None and run.takes_adapters:
         yield _Candidate({"model.peft_type": "lora"}, _with(network=run.network(LoraSettings())), same=False)
+    if module.quantization is None and setup.sharing != "fsdp" and run.takes_adapters and has_bitsandbytes():
+        adapters = module.lora if module.peft_type is not None else LoraSettings()
+        quantized = run.network(adapters, QLoraSettings())
+        yield _Candidate({"model.peft_type": "qlora"}, _with(network=quantized), same=False)
     for precision in ("bf16-mixed", "bf16-true"):
         network = run.network(dtype=getattr(torch, weights_dtype(precision)))
         yield _Candidate({"trainer.precision": precision}, _with(network=network, precision=precision), same=False)

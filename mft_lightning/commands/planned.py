@@ -11,7 +11,7 @@ from mft_lightning.data.batch_sizes import BatchSizes
 from mft_lightning.errors import UserError
 from mft_lightning.model.build import load_config
 from mft_lightning.model.parallel import ParallelSettings
-from mft_lightning.model.settings import LoraSettings
+from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.step_setup import Sharing, StepSetup, meta_network
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.run_config import RunConfig
@@ -115,18 +115,21 @@ class PlannedRun(RunConfig):
         known = not self.datamodule.new_tokens and len(self.datamodule.tokenizer) <= config.vocab_size
         return known or not config.tie_word_embeddings
 
-    def network(self, adapters: LoraSettings | None = None, **changed: Any) -> SupervisedLM:
+    def network(
+        self, adapters: LoraSettings | None = None, quantization: QLoraSettings | None = None, **changed: Any
+    ) -> SupervisedLM:
         """The run's network without weights, or one that differs from it.
 
         Args:
             adapters: in place of its own, or of none.
+            quantization: of the base, where it has none.
             changed: fields of the run's ``ModelSource`` with other values.
         """
         module, tokenizer = self.model, self.datamodule.tokenizer
         own = module.lora if module.peft_type is not None else None
         source = replace(module.source, **changed)
-        new = len(self.datamodule.new_tokens)
-        return meta_network(source, adapters or own, len(tokenizer), module.pad_vocab_to_multiple_of, new)
+        tokens, multiple_of, new = len(tokenizer), module.pad_vocab_to_multiple_of, len(self.datamodule.new_tokens)
+        return meta_network(source, adapters or own, quantization or module.quantization, tokens, multiple_of, new)
 
 
 def batched(sizes: BatchSizes, setup: StepSetup) -> StepSetup:

@@ -17,6 +17,7 @@ from mft_lightning.model.activations import Computation, heads_within, kept_by_l
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.head_loss import computes_bfloat16
 from mft_lightning.model.parallel import transformer_layers
+from mft_lightning.model.quantized import dequantized_bytes, eight_bit_layers, held_bytes
 from mft_lightning.model.step_setup import StepSetup
 from mft_lightning.model.supervised_loss import LOGIT_BUDGET, LOGIT_BUDGETS
 from mft_lightning.model.whole_modules import in_force
@@ -91,8 +92,9 @@ class _Step:
         if self.setup.sharing == "ddp":
             # gradients of the first step live on in its buckets while the reducer lays out others
             found.append(("second step begins", {"gradients": 2 * self.trained_numel * self.held}))
+        network = self.network
         fixed = {
-            "weights": self.numel * self.held * self.share,
+            "weights": sum(map(held_bytes, network.parameters())) * self.share,
             "optimizer": 2 * self.trained_numel * self.held * self.share,  # AdamW's two moments
         }
         return [
@@ -215,7 +217,7 @@ class _Step:
         """What matrix products under autocast keep of the weights of so many layers, in half precision."""
         if not self.mixed or self.fsdp:
             return 0
-        linears = [module for module in self.layer.modules() if isinstance(module, nn.Linear)]
+        linears = [module for module in self.layer.modules() if type(module) is nn.Linear]
         return 2 * layers * sum(_numel(linear.parameters()) for linear in linears)
 
     def _hidden_states(self) -> float:
@@ -245,20 +247,24 @@ class _Step:
         if config._attn_implementation == "eager":
             shared += tokens * (tokens if self.setup.packed else self.setup.length) * self.stream
         each = self._hidden_states() if self.again else self._layer()
-        return shared + self.layers * each
+        return shared + self.layers * (each + self._held_inputs())
+
+    def _held_inputs(self) -> float:
+        """Inputs that 8-bit layers hold themselves, and not autograd, which could compute them again."""
+        return self.setup.tokens * self.product * sum(linear.in_features for linear in eight_bit_layers(self.layer))
 
     def _recomputed(self) -> float:
-        return self._layer() - self._hidden_states() if self.again else 0
+        return self._layer() - self._hidden_states() + self._held_inputs() if self.again else 0
 
     def _in_backward(self) -> float:
         """Gradients of a layer's activations, and results of its forward pass where that is computed again.
 
-        In the MLP's last matrix there are those of what it gives and of what it reads; in attention that is not fused
-        those of all scores, of which the MLP's activations are gone by then.
+        In the MLP's last matrix there are those of what it gives and what it reads, and itself if it is quantised; in
+        attention that is not fused those of all scores, of which the MLP's activations are gone by then.
         """
         tokens, config = self.setup.tokens, self.config
         inner = tokens * self.layer.mlp.dense_h_to_4h.out_features * self.product
-        made = inner
+        made = inner + dequantized_bytes(self.layer.mlp.dense_4h_to_h, self.held, self.product)
         if config._attn_implementation == "eager":
             row = tokens if self.setup.packed else self.setup.length
             heads = heads_within(self.layer.attention.query_key_value.out_features // 3, config)

@@ -11,8 +11,9 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import fields
 from importlib.util import find_spec
+from math import ceil
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from mft_lightning.model.settings import QLoraSettings
 from mft_lightning.model.weights import StoredWeights, Weights, filled, materialise, sketch
 
 KEY = "model.qlora."
+FLOAT32 = 4  # bytes of a scale
+BLOCKS = 256  # whose scales have a scale of their own under double quantisation
 
 
 def check_quantizable(settings: QLoraSettings, dtype: torch.dtype) -> None:
@@ -44,6 +47,10 @@ def check_quantizable(settings: QLoraSettings, dtype: torch.dtype) -> None:
         )
 
 
+def has_bitsandbytes() -> bool:
+    return find_spec("bitsandbytes") is not None
+
+
 def require_bitsandbytes(what: str) -> None:
     """Say what to install where bitsandbytes is not.
 
@@ -53,7 +60,7 @@ def require_bitsandbytes(what: str) -> None:
     Raises:
         UserError: it is not there.
     """
-    if find_spec("bitsandbytes") is None:
+    if not has_bitsandbytes():
         raise UserError(
             f'{what}: needs bitsandbytes, which is not installed. Install it with pip install -e ".[qlora]" -c '
             "constraints.txt."
@@ -122,7 +129,7 @@ def materialise_quantized(model: PreTrainedModel, weights: Weights) -> None:
         weights: of the base before it is quantised.
     """
     materialise(model, weights)
-    for layer in _eight_bit_layers(model):
+    for layer in eight_bit_layers(model):
         layer.init_8bit_state()
 
 
@@ -132,14 +139,14 @@ def gather_scales(module: nn.Module) -> None:
     A ``Linear8bitLt`` does so only where it is moved itself, and not with what it is part of
     (https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1332).
     """
-    for layer in _eight_bit_layers(module):
+    for layer in eight_bit_layers(module):
         if layer.state.SCB is not None:
             layer.state.CB = layer.weight.data
             layer.state.SCB = layer.state.SCB.to(layer.weight.device)
 
 
-def _eight_bit_layers(module: nn.Module) -> list[Any]:
-    # by name, as peft's layers that wrap them are called the same
+def eight_bit_layers(module: nn.Module) -> list[Any]:
+    """bitsandbytes' 8-bit layers; peft's, which wrap them, are called the same."""
     return [layer for layer in module.modules() if type(layer).__name__ == "Linear8bitLt" and hasattr(layer, "state")]
 
 
@@ -147,6 +154,33 @@ def whole_numel(parameter: nn.Parameter) -> int:
     """The elements of a weight, of which two are a byte where they have 4 bits."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
+
+
+def held_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of a weight of a sketch with its scales, as it will be held."""
+    kind, numel = type(parameter).__name__, parameter.numel()
+    if kind == "Int8Params":
+        return numel + FLOAT32 * len(parameter)  # a scale for each row
+    if kind != "Params4bit":
+        return numel * parameter.element_size()
+    blocks = ceil(numel / cast(Any, parameter).blocksize)
+    doubly = cast(Any, parameter).compress_statistics
+    return ceil(numel / 2) + (blocks + FLOAT32 * ceil(blocks / BLOCKS) if doubly else FLOAT32 * blocks)
+
+
+def dequantized_bytes(linear: Any, before: int, product: int) -> int:
+    """Bytes that a backward pass through a linear layer needs of its weight, in full; none where it is not quantised.
+
+    Args:
+        linear: with or without an adapter.
+        before: bytes of an element before it was quantised, to which 4 bits are brought back first.
+        product: bytes of an element as it is computed in.
+    """
+    weight = getattr(linear, "base_layer", linear).weight
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        return weight.numel() * sum({before, product})
+    return weight.numel() * product if kind == "Int8Params" else 0
 
 
 class DequantizedWeights(Weights):

@@ -11,7 +11,8 @@ from mft_lightning.errors import UserError
 from mft_lightning.model.build import ModelSource, load_config, model_options
 from mft_lightning.model.lora import add_lora
 from mft_lightning.model.parallel import ParallelSettings, transformer_layers
-from mft_lightning.model.settings import LoraSettings
+from mft_lightning.model.quantized import quantize
+from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.model.tensor_parallel import narrow_head, narrow_layer
 from mft_lightning.model.weights import sketch
@@ -71,13 +72,19 @@ class StepSetup:
 
 
 def meta_network(
-    source: ModelSource, adapters: LoraSettings | None, tokens: int, multiple_of: int | None, new_tokens: int = 0
+    source: ModelSource,
+    adapters: LoraSettings | None,
+    quantization: QLoraSettings | None,
+    tokens: int,
+    multiple_of: int | None,
+    new_tokens: int = 0,
 ) -> SupervisedLM:
     """A run's network without its weights.
 
     Args:
         source: the base model, of which the configuration alone is read.
         adapters: their settings; None trains all weights.
+        quantization: of the base below them; None leaves it as it is.
         tokens: of the tokenizer, for which embeddings grow.
         multiple_of: of rows that they grow to.
         new_tokens: tokens that the base has never seen.
@@ -92,6 +99,8 @@ def meta_network(
         step = multiple_of or 1
         config.vocab_size = math.ceil(tokens / step) * step
     model = sketch(config, source.dtype, **model_options(source, config))
+    if quantization is not None:
+        quantize(model, quantization)
     if adapters is None:
         return SupervisedLM(model)
     return SupervisedLM(add_lora(model, adapters, base_path=source.path, new_tokens=new_tokens, grown=grown))
