@@ -20,7 +20,14 @@ from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.evaluation import EvaluationSettings
 from mft_lightning.training.layout import data_parallel_size, find_layout
 from mft_lightning.training.strategies import ShardedStrategy
-from mft_lightning.training.trainer import RunSettings, check_trainer_keys, placed, product_dtype, weights_dtype
+from mft_lightning.training.trainer import (
+    RunSettings,
+    check_pages,
+    check_trainer_keys,
+    placed,
+    product_dtype,
+    weights_dtype,
+)
 from mft_lightning.yaml_text import as_yaml
 
 GROUPS = {
@@ -118,7 +125,9 @@ class RunConfig(LightningCLI):
 
     def place(self, keys: dict[str, Any]) -> dict[str, Any]:
         """The Trainer keys with the devices and the strategy of this run in place of what was asked for."""
-        return placed(keys, self.settings, quantized=self.model.quantization is not None)
+        if self.model.optim.kind == "paged_adamw":
+            check_pages(keys["accelerator"])
+        return placed(keys, self.settings, undivided=self.model.undivided)
 
     @staticmethod
     def trainer_keys(config: Any) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def _candidates(run: PlannedRun, setup: StepSetup) -> Iterator[_Candidate]:
     if module.source.attn_implementation == "eager":
         sdpa = run.network(attn_implementation="sdpa")
         yield _Candidate({"model.attn_implementation": "sdpa"}, _with(network=sdpa), same=True)
-    if module.quantization is None:
+    if module.undivided is None:
         yield from _sharing(run, setup)
     for count in dict.fromkeys((setup.conversations // 2, 1)):
         if sizes.per_device is not None and 0 < count < setup.conversations and setup.conversations % count == 0:

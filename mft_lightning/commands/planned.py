@@ -66,7 +66,7 @@ class PlannedRun(RunConfig):
             self.settings.parallel,
             layout=layout,
             precision=precision,
-            quantized=self.model.quantization is not None,
+            undivided=self.model.undivided,
             command=(),
         )
         return keys

@@ -23,9 +23,16 @@ from mft_lightning.model.generation import Answer, GenerationSettings, answer_on
 from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
 from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.objective import Objective
-from mft_lightning.model.optim import OptimizerSettings, SchedulerType, group_settings, matrix_names, put_in_force
+from mft_lightning.model.optim import (
+    OptimizerKind,
+    OptimizerSettings,
+    SchedulerType,
+    group_settings,
+    matrix_names,
+    put_in_force,
+)
 from mft_lightning.model.parallel import data_parallel_group, live_parameters
-from mft_lightning.model.quantized import check_quantizable, described
+from mft_lightning.model.quantized import check_quantizable, described, require_bitsandbytes
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.step_result import StepResult
 from mft_lightning.model.supervised_loss import SupervisedLM
@@ -54,6 +61,8 @@ class MFTModule(L.LightningModule):
         attn_implementation: sdpa, eager, or flash_attention_2 on CUDA (not yet run on a GPU).
         pad_vocab_to_multiple_of: where the embeddings must grow for the tokenizer, grow to a multiple of this.
         trust_remote_code: run code that comes with the model.
+        optimizer: adamw, or paged_adamw: bitsandbytes' AdamW, whose moments go to the host where a GPU is full (not yet
+            run on a GPU).
         learning_rate: peak of AdamW's learning rate.
         min_lr: where decaying schedules end.
         num_warmup_steps: optimizer steps up to the peak.
@@ -92,6 +101,7 @@ class MFTModule(L.LightningModule):
         attn_implementation: Attention = "sdpa",
         pad_vocab_to_multiple_of: int | None = None,
         trust_remote_code: bool = False,
+        optimizer: OptimizerKind = "adamw",
         learning_rate: float = 1e-5,
         min_lr: float = 0.0,
         num_warmup_steps: int = 0,
@@ -142,6 +152,7 @@ class MFTModule(L.LightningModule):
         self.checkpoint_activations = checkpoint_activations
         self.pad_vocab_to_multiple_of = pad_vocab_to_multiple_of
         self.optim = OptimizerSettings(
+            kind=optimizer,
             learning_rate=learning_rate,
             min_lr=min_lr,
             num_warmup_steps=num_warmup_steps,
@@ -171,12 +182,21 @@ class MFTModule(L.LightningModule):
     def datamodule(self) -> MFTDataModule:
         return cast(MFTDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]  # Lightning sets it untyped
 
+    @property
+    def undivided(self) -> str | None:
+        """The key whose tensors bitsandbytes takes whole, so that devices cannot share them out."""
+        if self.quantization is not None:
+            return "model.peft_type: qlora"
+        return "model.optimizer: paged_adamw" if self.optim.kind == "paged_adamw" else None
+
     def check(self, datamodule: MFTDataModule, tensor_parallel_size: int = 1) -> None:
         """Raise what can be known without loading weights or data."""
         config = load_config(self.source.path, self.source.model_type, self.source.trust_remote_code)
         check_tensor_parallel(config, tensor_parallel_size, self.lora.modules_to_save or [])
         if self.quantization is not None:
             check_quantizable(self.quantization, self.source.dtype)
+        if self.optim.kind == "paged_adamw":
+            require_bitsandbytes("model.optimizer: paged_adamw")
         if datamodule.task_weights is not None and self.weighted_loss_mode not in TASK_WEIGHTED_MODES:
             raise UserError(
                 f"data.task_weights: model.weighted_loss_mode: {self.weighted_loss_mode} takes no weights of tasks. "

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from mft_lightning.errors import UserError
 from mft_lightning.model.gradients import by_mesh
 
+OptimizerKind = Literal["adamw", "paged_adamw"]
 SchedulerType = Literal[
     "cosine",
     "linear",
@@ -34,6 +35,7 @@ class OptimizerSettings:
         UserError: a value that cannot work, naming its key.
     """
 
+    kind: OptimizerKind
     learning_rate: float
     min_lr: float
     num_warmup_steps: int
@@ -62,7 +64,7 @@ class OptimizerSettings:
 
     def build(
         self, parameters: Iterable[tuple[str, nn.Parameter]], matrices: Collection[str], total_steps: int
-    ) -> tuple[AdamW, LambdaLR]:
+    ) -> tuple[Optimizer, LambdaLR]:
         """The optimizer of named parameters, those that train, and its schedule over ``total_steps``.
 
         Args:
@@ -71,13 +73,15 @@ class OptimizerSettings:
             total_steps: of the whole run.
         """
         groups = parameter_groups(parameters, matrices, self.weight_decay)
-        optimizer = AdamW(
-            groups,
-            lr=self.learning_rate,
-            betas=(self.adam_beta1, self.adam_beta2),
-            eps=self.adam_epsilon,
-            foreach=None if all(len(by_mesh(group["params"])) == 1 for group in groups) else False,
-        )
+        betas = (self.adam_beta1, self.adam_beta2)
+        optimizer: Optimizer
+        if self.kind == "paged_adamw":
+            from mft_lightning.model.paged import PagedAdamW  # which imports bitsandbytes
+
+            optimizer = PagedAdamW(groups, lr=self.learning_rate, betas=betas, eps=self.adam_epsilon)
+        else:
+            foreach = None if all(len(by_mesh(group["params"])) == 1 for group in groups) else False
+            optimizer = AdamW(groups, lr=self.learning_rate, betas=betas, eps=self.adam_epsilon, foreach=foreach)
         factor = learning_rate_factor(
             self.lr_scheduler_type,
             warmup_steps=self.num_warmup_steps,

@@ -147,7 +147,7 @@ def make_strategy(
     layout: Layout,
     precision: str,
     command: Sequence[str],
-    quantized: bool = False,
+    undivided: str | None = None,
 ) -> str | Strategy:
     """The strategy of a run.
 
@@ -157,7 +157,7 @@ def make_strategy(
         layout: the devices of the run.
         precision: ``trainer.precision``.
         command: the words that start a further rank.
-        quantized: whether the model's base has 4 or 8 bits.
+        undivided: the key, if any, whose tensors devices cannot share out.
 
     Raises:
         UserError: an unknown name, options that the strategy does not have, or a strategy that cannot do this.
@@ -166,8 +166,8 @@ def make_strategy(
     if asked == "auto" and layout.total > 1:
         name = "fsdp" if settings.tensor_parallel_size > 1 else "ddp"
     _check_options(name, settings)
-    if quantized and (name == "fsdp" or isinstance(name, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy))):
-        raise _shares_no_bits(name, settings)
+    if undivided and (name == "fsdp" or isinstance(name, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy))):
+        raise _cannot_share(undivided, name, settings)
     if isinstance(name, Strategy):
         return _adopted(name, layout=layout, precision=precision, command=command)
     if name == "ddp":
@@ -184,15 +184,15 @@ def make_strategy(
     return "auto"
 
 
-def _shares_no_bits(name: str | Strategy, settings: ParallelSettings) -> UserError:
-    """What to say where a quantised base would be shared out over devices."""
+def _cannot_share(undivided: str, name: str | Strategy, settings: ParallelSettings) -> UserError:
+    """What to say where tensors would be shared out over devices that bitsandbytes takes whole."""
     key, value = "trainer.strategy", name if isinstance(name, str) else type(name).__name__
     if settings.tensor_parallel_size > 1:
         key, value = "parallel.tensor_parallel_size", str(settings.tensor_parallel_size)
     return UserError(
-        f"{key}: {value} cuts weights and shares them out over devices, which those of model.peft_type: qlora cannot "
-        "be: bitsandbytes holds a matrix as one string of bytes, with scales beside it. Use trainer.strategy: ddp, or "
-        "model.peft_type: lora."
+        f"{key}: {value} cuts tensors and shares them out over devices, which those of {undivided} cannot be: "
+        "bitsandbytes takes each whole, and holds few bits as one string of bytes with scales beside it. Use "
+        "trainer.strategy: ddp, or do without that key."
     )
 
 

@@ -210,13 +210,26 @@ def _own_bar(keys: dict[str, Any]) -> bool:
     return any(isinstance(callback, ProgressBar) for callback in _listed(keys.get("callbacks")))
 
 
-def placed(keys: dict[str, Any], settings: RunSettings, *, quantized: bool = False) -> dict[str, Any]:
+def check_pages(accelerator: Any) -> None:
+    """Refuse paging where nothing is paged; bitsandbytes would do without it and say so once.
+
+    Raises:
+        UserError: the run has no CUDA GPU.
+    """
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        raise UserError(
+            "model.optimizer: paged_adamw moves its state between a CUDA GPU and the host, and this run has no such "
+            "GPU. Use adamw."
+        )
+
+
+def placed(keys: dict[str, Any], settings: RunSettings, *, undivided: str | None = None) -> dict[str, Any]:
     """The Trainer keys with the devices and the strategy of this run in place of what was asked for.
 
     Args:
         keys: of the Trainer.
         settings: the other groups of keys.
-        quantized: whether the model's base has 4 or 8 bits.
+        undivided: the key, if any, whose tensors devices cannot share out.
 
     Raises:
         UserError: devices or a strategy that cannot be had.
@@ -227,7 +240,7 @@ def placed(keys: dict[str, Any], settings: RunSettings, *, quantized: bool = Fal
         settings.parallel,
         layout=layout,
         precision=precision,
-        quantized=quantized,
+        undivided=undivided,
         command=settings.command,
     )
     keys = {**keys, "devices": layout.devices, "num_nodes": layout.nodes, "strategy": strategy}

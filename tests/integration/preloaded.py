@@ -6,6 +6,7 @@ and under torchrun, is what test_ranks.py, test_errors.py and the test of the RE
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import runpy
@@ -26,6 +27,7 @@ from torch.distributed import TCPStore
 
 from mft_lightning.cli import COMMANDS
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as every command does, before peft imports it
 ROOT = Path(__file__).resolve().parents[2]
 LOCALHOST = "127.0.0.1"
 LONG = 600.0  # seconds that processes may take on a machine that does other things too

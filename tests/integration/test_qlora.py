@@ -172,14 +172,14 @@ def test_another_quantisation_is_another_run(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--trainer.strategy", "fsdp"), "trainer.strategy: fsdp cuts weights"),
+        (("--trainer.strategy", "fsdp"), "trainer.strategy: fsdp cuts tensors"),
         (
             ("--parallel.tensor_parallel_size", "2", "--trainer.devices", "2"),
-            "parallel.tensor_parallel_size: 2 cuts weights",
+            "parallel.tensor_parallel_size: 2 cuts tensors",
         ),
         (
             ("--trainer.strategy.class_path", "lightning.pytorch.strategies.FSDPStrategy"),
-            "trainer.strategy: FSDPStrategy cuts weights",
+            "trainer.strategy: FSDPStrategy cuts tensors",
         ),
         (("--trainer.precision", "64-true"), "trainer.precision: 64-true is too much for 4 bits"),
         (("--model.qlora.bits", "8", "--model.qlora.quant_type", "fp4"), "model.qlora.quant_type: is of 4 bits"),
@@ -194,9 +194,14 @@ def test_what_cannot_work_is_refused_before_data_is_read(
 def test_zero_is_refused_too() -> None:
     """Asked of a strategy that was not made, for which DeepSpeed would have to be installed."""
     given = object.__new__(DeepSpeedStrategy)
-    with pytest.raises(UserError, match="DeepSpeedStrategy cuts weights"):
+    with pytest.raises(UserError, match="DeepSpeedStrategy cuts tensors"):
         make_strategy(
-            given, ParallelSettings(), layout=Layout(1, 1, 1), precision="32-true", command=(), quantized=True
+            given,
+            ParallelSettings(),
+            layout=Layout(1, 1, 1),
+            precision="32-true",
+            command=(),
+            undivided="model.peft_type: qlora",
         )
 
 
@@ -210,3 +215,21 @@ def test_without_bitsandbytes_it_says_what_to_install(
     assert install in capsys.readouterr().err
     merged = ["merge", "--adapter", str(run / "step-00000008"), "--output", str(tmp_path / "merged")]
     assert main(merged) == 0  # into the base as it was before
+
+
+def test_a_paged_optimizer_needs_a_gpu_and_resumes_as_the_other_does(
+    fit: Callable[..., Path], refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU bitsandbytes does without pages; how a run saves and loads is tried there all the same."""
+    paged = ("--model.optimizer", "paged_adamw", *IN_PARTS, "--trainer.max_steps", "4", *KEEP_ALL)
+    words = ("--data.data_paths", "[/gone]", *paged)
+    assert "model.optimizer: paged_adamw moves its state" in refused(tmp_path / "refused", *words, config=CONFIG)
+    monkeypatch.setattr("mft_lightning.run_config.check_pages", lambda accelerator: None)
+    assert "paged_adamw cannot be" in refused(tmp_path / "refused", *words, "--trainer.strategy", "fsdp")
+    with pytest.warns(UserWarning, match="Paged optimizers are not supported on CPU"):
+        whole = fit(tmp_path / "whole", *paged, config=CONFIG)
+        part = fit(tmp_path / "part", *paged, "--ckpt_path", str(whole / "step-00000002"), config=CONFIG)
+    assert same_weights(part / "step-00000004", whole / "step-00000004")
+    plain = (*paged, "--model.optimizer", "adamw")
+    assert differ(metrics(fit(tmp_path / "plain", *plain, config=CONFIG)), metrics(whole)) < 1e-5
+    fit(tmp_path / "changed", *plain, "--ckpt_path", str(whole / "step-00000002"), config=CONFIG)
