@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 from mft_lightning.commands.loading import DTYPES, LoadedModel, load_model
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.generation import PRESETS, GenerationSettings
+from mft_lightning.model.quantized import gather_scales
 
 FIELDS = tuple(GenerationSettings.__dataclass_fields__)
 
@@ -102,7 +103,7 @@ def load_asked(options: Namespace) -> LoadedModel:
     """The model of ``--model``, on its device."""
     loaded = load_model(Path(options.model).expanduser(), "--model", dtype=options.dtype)
     try:
-        loaded.model.to(options.device)
+        gather_scales(loaded.model.to(options.device))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device}: {first_line(error)}") from error
     return loaded

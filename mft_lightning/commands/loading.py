@@ -36,25 +36,22 @@ class LoadedModel:
     chat_format: ChatFormat
 
 
-def load_model(
-    directory: Path, key: str, *, base: str | None = None, dtype: str = "auto", quantized: bool = True
-) -> LoadedModel:
+def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str = "auto") -> LoadedModel:
     """Load a checkpoint to ask it or to merge it.
 
     Args:
         directory: a full model or an adapter.
         key: the command-line key that named it, for messages.
         base: the adapter's base, in place of the one it names.
-        dtype: of the weights in memory; ``auto`` as they are saved, an adapter's base as it was trained on.
-        quantized: whether the base of a QLoRA checkpoint has the 4 or 8 bits that it was trained on, in which case
-            ``dtype`` is of the rest; else it is as it was before.
+        dtype: of the weights in memory; ``auto`` as they are saved, an adapter's base as it was trained on. The base of
+            a QLoRA checkpoint has the 4 or 8 bits that it was trained on, and this is of the rest.
 
     Raises:
         UserError: the directory is no model, or its base is gone or is not the one the adapter was trained on.
     """
     metadata = checked_metadata(directory, key)
     if is_adapter(directory):
-        model = _with_adapter(directory, key, base, metadata, quantized)
+        model = _with_adapter(directory, key, base, metadata)
         with unsaved_buffers_kept(model):
             model = model if dtype == "auto" else model.to(getattr(torch, dtype))
     else:
@@ -99,13 +96,13 @@ def _pretrained(path: Path | str, where: str, dtype: str) -> Any:
         raise UserError(f"{where}: cannot be loaded ({first_line(error)}).") from error
 
 
-def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[str, Any] | None, quantized: bool) -> Any:
+def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[str, Any] | None) -> Any:
     """The adapter on its base, in the dtype it was trained in, if the base is bit for bit the one of that run."""
     found, where = base_of(directory, key, base)
     from peft import PeftModel  # here for the start-up time of asking a full model
 
     described = {} if metadata is None else metadata["fingerprint"]
-    settings, kind = settings_of(described) if quantized else None, adapter_dtype(directory)
+    settings, kind = settings_of(described), adapter_dtype(directory)
     weights: Mapping[str, torch.Tensor] | None = None
     if settings is None:
         model = _pretrained(found, where, kind)

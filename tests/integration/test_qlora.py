@@ -112,7 +112,7 @@ def test_two_processes_take_the_steps_of_one(
 
 
 def test_a_checkpoint_is_asked_on_the_base_it_was_trained_on(run: Path) -> None:
-    """As transformers quantises that base, and peft puts the adapter on it; and on the whole base, for a merge."""
+    """As transformers quantises that base, and peft puts the adapter on it."""
     last = run / "step-00000008"
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -124,8 +124,7 @@ def test_a_checkpoint_is_asked_on_the_base_it_was_trained_on(run: Path) -> None:
     ours = load_model(last, "--model", dtype="float32").model
     with torch.no_grad():
         assert torch.equal(ours(input_ids=IDS).logits, expected(input_ids=IDS).logits)
-        whole = load_model(last, "--model", quantized=False).model(input_ids=IDS).logits
-        assert torch.equal(whole, _opened(last)(input_ids=IDS).logits)
+        whole = _opened(last)(input_ids=IDS).logits
         assert (whole - ours(input_ids=IDS).logits).abs().max() > 1e-4
     answers = [model.generate(input_ids=IDS, max_new_tokens=8, do_sample=False) for model in (ours, expected)]
     assert torch.equal(*answers)
