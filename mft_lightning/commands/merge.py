@@ -17,7 +17,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from mft_lightning.aside import written_aside
 from mft_lightning.bars import WorkBar
-from mft_lightning.commands.loading import DTYPES, base_of, checked_metadata
+from mft_lightning.commands.loading import DTYPES, base_of, checked_metadata, load_model
+from mft_lightning.commands.logit_difference import PROMPTS, logit_difference
 from mft_lightning.data.tokenizer import save_tokenizer
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.key_errors import parse
@@ -25,10 +26,13 @@ from mft_lightning.model.base import base_digest
 from mft_lightning.model.build import is_adapter
 from mft_lightning.model.export import adapter_dtype, save_base
 from mft_lightning.model.merging import MergedWeights, read_base
+from mft_lightning.model.quantized import DequantizedWeights, require_bitsandbytes, settings_of
+from mft_lightning.model.settings import QLoraSettings
 from mft_lightning.model.weights import Weights
 from mft_lightning.quiet import quieten
 from mft_lightning.training.checkpoint_dirs import write_metadata
 
+INTO = ("base", QUANTIZED := "quantized-base")
 MADE_OF = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".md")  # the files of a model directory
 
 
@@ -45,10 +49,14 @@ def merge(argv: list[str]) -> None:
     path, where = base_of(adapter, "--adapter", options.base)
     if output.exists():
         output = _replaceable(output, {f"--adapter {adapter}": adapter, where: Path(path)})
+    quantization = _quantization(options, metadata)
     base = read_base(path, None if metadata is None else getattr(torch, adapter_dtype(adapter)), where)
+    into: Weights = base
+    if options.merge_into == QUANTIZED and quantization is not None:
+        into = DequantizedWeights(base, quantization)
     dtype = base.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     device = torch.device(options.device)
-    merged = MergedWeights(adapter, base, dtype, device, f"--adapter {adapter}")
+    merged = MergedWeights(adapter, into, dtype, device, f"--adapter {adapter}")
     _check_base(base, metadata, where, adapter)
     tokenizer = _tokenizer(adapter, path)
     if metadata is not None and tokenizer is not None:
@@ -59,6 +67,8 @@ def merge(argv: list[str]) -> None:
     _write(output, merged, tokenizer, metadata, replace=options.overwrite)
     size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
     print(f"merged model: {output} ({str(dtype).removeprefix('torch.')}, {size / 1e6:,.1f} MB)")
+    if quantization is not None:
+        _tell_difference(adapter, options.base, output, device)
 
 
 def _options(argv: list[str]) -> Namespace:
@@ -72,17 +82,41 @@ def _options(argv: list[str]) -> Namespace:
         default="auto",
         help=f"Of the merged weights: {', '.join(DTYPES)}. auto: as trained. They are computed in float32.",
     )
+    parser.add_argument(
+        "--merge-into",
+        type=str,
+        default=INTO[0],
+        help=f"Of a QLoRA run's base, {INTO[0]}: as it was before it was quantised; {INTO[1]}: as it was trained on.",
+    )
     parser.add_argument("--device", type=str, default="cpu", help="That computes: cpu, cuda.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a model directory that is there.")
     options = parse(parser, argv)
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype: {options.dtype!r} is none of {', '.join(DTYPES)}.")
+    if options.merge_into not in INTO:
+        raise UserError(f"--merge-into: {options.merge_into!r} is none of {', '.join(INTO)}.")
     try:
         if torch.empty(0, device=options.device).is_meta:
             raise UserError("--device meta: computes nothing. Use cpu or cuda.")
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device}: {first_line(error)}") from error
     return options
+
+
+def _quantization(options: Namespace, metadata: dict[str, Any] | None) -> QLoraSettings | None:
+    """How the adapter's base was quantised, if it was.
+
+    Raises:
+        UserError: it was not, or cannot be here, and is to be merged into.
+    """
+    settings = None if metadata is None else settings_of(metadata["fingerprint"])
+    if options.merge_into == QUANTIZED:
+        if settings is None:
+            raise UserError(
+                f"--merge-into {QUANTIZED}: {options.adapter} does not say that it was trained on one. Leave it out."
+            )
+        require_bitsandbytes(f"--merge-into {QUANTIZED}")
+    return settings
 
 
 def _replaceable(output: Path, inputs: Mapping[str, Path]) -> Path:
@@ -142,6 +176,22 @@ def _write(
                 write_metadata(aside, metadata)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"--output {output}: cannot be written ({first_line(error)}).") from error
+
+
+def _tell_difference(adapter: Path, base: str | None, output: Path, device: torch.device) -> None:
+    """Measure how far the merged model is from the adapter on its quantised base, where that can be made here."""
+    try:
+        require_bitsandbytes("how far it is from the quantised base + adapter was not measured; that")
+    except UserError as error:
+        print(f"note: {error}", file=sys.stderr)
+        return
+    found = logit_difference(
+        lambda: load_model(adapter, "--adapter", base=base), lambda: load_model(output, "--output"), device
+    )
+    print(
+        f"its logits are {found.largest:.2g} at most and {found.mean:.2g} on average from those of the quantised base "
+        f"+ adapter, at {found.positions} positions of {len(PROMPTS)} prompts"
+    )
 
 
 def _tokenizer(adapter: Path, base: str) -> PreTrainedTokenizerBase | None:
