@@ -37,7 +37,7 @@ class LoadedModel:
 
 
 def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str = "auto") -> LoadedModel:
-    """Load a checkpoint to ask it or to merge it.
+    """Load a checkpoint to ask it.
 
     Args:
         directory: a full model or an adapter.
