@@ -56,6 +56,7 @@ def built(path: Path, *, added: bool, sketched: bool = False, init: str = "pretr
         ),
         tokenizer,
         adapters=LoraSettings(**{"r": 4, "dropout": 0.0, "target_modules": TARGETS, **lora}),
+        quantization=None,
         objective=Objective(),
         random_base="base",
         checkpoint_activations=False,
