@@ -21,7 +21,7 @@ from mft_lightning.data.tokenizer import vocabulary_digest
 from mft_lightning.errors import UserError
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
-from mft_lightning.screen import say, shown
+from mft_lightning.screen import labelled, say, shown
 from mft_lightning.training.answer_parts import AnswerParts
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo, read_metadata
 from mft_lightning.training.fsdp1 import FlatShardedStrategy
@@ -172,4 +172,4 @@ def _write(parts: AnswerParts, config: PredictConfig, checkpoint: CheckpointInfo
     found = summary(datamodule.questions, batches, datamodule.task_names)
     beside = write_answers(output, datamodule, batches, {**said, **found})
     parts.remove()
-    say("", summary_table(found), "", f"answers  {shown(output)}", f"summary  {shown(beside)}")
+    say("", summary_table(found), "", *labelled([("answers", shown(output)), ("summary", shown(beside))]))
