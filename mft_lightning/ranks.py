@@ -201,6 +201,12 @@ def highest(value: int) -> int:
     return int(highest)
 
 
+def take_from_first(tensor: Any) -> None:
+    """Give a tensor in host memory, in place, the first rank's values; every rank must ask."""
+    if (dist := _group()) is not None:
+        dist.broadcast(tensor, src=0)
+
+
 @contextmanager
 def first_before_others(what: str) -> Iterator[None]:
     """Rank 0 does it first; the others, who started with it, wait as long as it takes, and find it done.

@@ -1,4 +1,4 @@
-"""Whether a model carries adapters, told without importing peft, which a run without them need not wait for."""
+"""What of a model is an adapter, told without importing peft, which a run without them need not wait for."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def in_base(name: str) -> str:
     for part in (".base_layer", ORIGINAL, COPY):
         name = name.replace(part, "")
     return name
+
+
+def in_adapter(name: str) -> bool:
+    """Whether a module or a tensor of that name is peft's, beside a layer of the base."""
+    return ".lora_" in name

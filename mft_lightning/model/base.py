@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mft_lightning.errors import UserError
-from mft_lightning.model.adapters import COPY, has_adapters, in_base
+from mft_lightning.model.adapters import COPY, has_adapters, in_adapter, in_base
 from mft_lightning.model.weight_files import UNREADABLE, open_weights
 from mft_lightning.model.weights import live_names
 
@@ -29,7 +29,7 @@ def base_state(model: PeftModel | PreTrainedModel, rows: int | None = None) -> d
     """
     base = cast(PreTrainedModel, model.get_base_model() if has_adapters(model) else model)
     state = base.state_dict()
-    named = {in_base(name): tensor for name, tensor in state.items() if ".lora_" not in name and COPY not in name}
+    named = {in_base(name): tensor for name, tensor in state.items() if not in_adapter(name) and COPY not in name}
     grown: set[Any] = set()
     if rows is not None:
         ends = (base.get_input_embeddings(), base.get_output_embeddings())

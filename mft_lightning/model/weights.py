@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from mft_lightning.errors import NotYetError, UserError, first_line
-from mft_lightning.model.adapters import in_base
+from mft_lightning.model.adapters import in_adapter, in_base
 from mft_lightning.model.seeding import one_thread, seeded
 from mft_lightning.model.weight_files import UNREADABLE, open_weights
 
@@ -232,7 +232,7 @@ def live_names(places: list[str], model: PreTrainedModel) -> Iterator[tuple[str,
 
 
 def materialise(model: nn.Module, weights: Weights, within: nn.Module | None = None) -> None:
-    """Give what is still on the meta device its values, in host memory.
+    """Give what is still on the meta device its values, in host memory; not adapters, which the weights have none of.
 
     Args:
         model: the model, by whose names of modules ``weights`` knows them, with or without adapters.
@@ -242,7 +242,7 @@ def materialise(model: nn.Module, weights: Weights, within: nn.Module | None = N
     wanted = None if within is None else set(within.modules())
     made: dict[nn.Parameter, nn.Parameter] = {}  # what is tied stays so
     for name, owner in model.named_modules():
-        if (wanted is not None and owner not in wanted) or not _is_sketched(owner):
+        if (wanted is not None and owner not in wanted) or in_adapter(name) or not _is_sketched(owner):
             continue
         values = weights.of(in_base(name))
         for key, parameter in owner._parameters.items():
