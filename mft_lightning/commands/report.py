@@ -40,6 +40,8 @@ def run_plan(
     rate = f"{optim.lr_scheduler_type} rate {optim.learning_rate:g}"
     if not optim.lr_scheduler_type.startswith("constant"):
         rate += f" to {optim.min_lr:g}"
+    if optim.loraplus_lr_ratio is not None:
+        rate += f", {optim.loraplus_lr_ratio:g} times that for lora_B"
     lines: Lines = task_table(datamodule.reports)
     if datamodule.valid_reports:
         lines += ["", "validation directories", *task_table(datamodule.valid_reports)]
@@ -48,6 +50,7 @@ def run_plan(
         *labelled(
             [
                 ("model", f"{shown(Path(module.source.path))} ({module.source.init}), {module.peft_type or 'full'}"),
+                *([("adapters", adapters_line(module))] if module.peft_type is not None else []),
                 *whole_line(module, datamodule),
                 ("parameters", f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.2%})"),
                 ("batch", batch_line(datamodule)),
@@ -97,6 +100,12 @@ def _device_line(trainer: L.Trainer) -> str:
     how = f", {name}" if name else ""
     how += f", {shared} of them share each layer" if shared > 1 else ""
     return f"{trainer.num_devices} x {trainer.strategy.root_device.type}{several}{how}, precision {trainer.precision}"
+
+
+def adapters_line(module: MFTModule) -> str:
+    """The shape of the adapters, and what they start from."""
+    said, start = str(module.description["model.lora"]), module.lora.start_from
+    return f"{said}, from {shown(Path(start))}" if start is not None else said
 
 
 def batch_line(datamodule: MFTDataModule) -> str:

@@ -30,7 +30,9 @@ from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
 from mft_lightning.model.base import base_state
-from mft_lightning.model.lora import add_lora, draw_adapters
+from mft_lightning.model.export import load_state
+from mft_lightning.model.lora import add_lora
+from mft_lightning.model.lora_start import LoraStart
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.quantized import materialise_quantized, quantize, whole_numel
@@ -96,21 +98,24 @@ class Built:
 
     Args:
         network: with its adapters, if it has any.
-        weights: what a sketch's base is to have; None where the network is complete.
-        seed: of a sketch's adapters.
+        weights: what a sketch's base is to have; None where the base is complete.
+        start: what adapters that have no values yet are to have; None where all weights train.
         base_rows: of the embeddings of a stored base, where they had to grow; None where they are as it has them.
         unquantized: what the base was before it was quantised; None where it was not.
     """
 
     network: SupervisedLM
     weights: Weights | None
-    seed: int
+    start: LoraStart | None
     base_rows: int | None = None
     unquantized: Weights | None = None
 
     @property
     def base(self) -> Mapping[str, Tensor]:
-        """The weights of the frozen base that adapters name, before any quantisation; none where all weights train."""
+        """The weights of the frozen base that adapters name, before any quantisation; none where all weights train.
+
+        Asked before :meth:`complete`, after which adapters may hold a part of them.
+        """
         if not has_adapters(self.network.model):
             return {}
         weights = self.weights if self.unquantized is None else self.unquantized
@@ -123,8 +128,9 @@ class Built:
     def complete(self, part: nn.Module | None = None) -> None:
         """Give a part of the network, or all that is left of it, its values; nothing where it has them."""
         if self.weights is not None:
-            draw_adapters(self.network.causal_lm, self.seed, within=part)
             materialise(self.network.causal_lm, self.weights, within=part)
+        if self.start is not None:
+            self.start.fill(self.network.causal_lm, within=part)
 
 
 def make_network(
@@ -183,18 +189,29 @@ def make_network(
     name_special_tokens(model, tokenizer)
     if checkpoint_activations:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    adapted: nn.Module = model
-    if adapters is not None:
-        base_path = saved_path(random_base if source.init == "random" else source.path)
-        adapted = add_lora(model, adapters, base_path=base_path, new_tokens=new_tokens, grown=grown)
+    if adapters is None:
+        return Built(SupervisedLM(model, objective), weights, None)
+    base_path = saved_path(random_base if source.init == "random" else source.path)
+    adapted = add_lora(model, adapters, base_path=base_path, new_tokens=new_tokens, grown=grown)
+    stored = _stored(adapted, adapters.start_from) if adapters.start_from is not None else None
+    start = LoraStart(adapters.init, source.seed, stored)
     network = SupervisedLM(adapted, objective)
     base_rows = rows if grown and source.init == "pretrained" else None  # a random base is written as it grew
     if sketched:
-        return Built(network, weights, source.seed, base_rows)
-    draw_adapters(model, source.seed)
+        return Built(network, weights, start, base_rows)
+    if not start.changes_base:
+        start.fill(model)
     if weights is not None:
         materialise_quantized(model, weights)
-    return Built(network, None, source.seed, base_rows, unquantized=weights)
+    return Built(network, None, start, base_rows, unquantized=weights)
+
+
+def _stored(model: nn.Module, start_from: str) -> dict[str, Tensor]:
+    """The values of another adapter of the same shape, by the model's names."""
+    try:
+        return load_state(model, Path(start_from).expanduser())
+    except UserError as error:
+        raise UserError(f"model.lora.start_from: {error}") from error
 
 
 def build_causal_lm(source: ModelSource) -> PreTrainedModel:

@@ -22,6 +22,8 @@ from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.adapters import COPY, has_adapters
 from mft_lightning.model.base import base_digest
 from mft_lightning.model.config_file import add_older_names
+from mft_lightning.model.lora import describe_adapter
+from mft_lightning.model.lora_start import changes_base, over_whole_base, split_initial, with_initial
 from mft_lightning.model.weight_files import MODEL_SHARDS, ShardFiles
 from mft_lightning.model.weights import sketch
 
@@ -47,10 +49,12 @@ class ModelWriter:
 
     Args:
         model: the live model, for its configuration.
+        initial: of :class:`~mft_lightning.model.lora_start.LoraStart`; what adapters began with is saved beside them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, initial: Mapping[str, Tensor] | None = None) -> None:
         self._adapted: PeftModel | None = None
+        self._initial = initial or {}
         if has_adapters(model):
             self._adapted = _adapter_twin(model)
             return
@@ -62,7 +66,8 @@ class ModelWriter:
         if self._adapted is None:
             _save_through(self._whole, state, directory)
             return
-        self._adapted.save_pretrained(str(directory), state_dict=state, save_embedding_layers=False)
+        saved = {name: with_initial(name, tensor, self._initial) for name, tensor in state.items()}
+        self._adapted.save_pretrained(str(directory), state_dict=saved, save_embedding_layers=False)
         _open_to_others(directory)
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
@@ -149,13 +154,17 @@ def _adapter_twin(model: PeftModel) -> PeftModel:
     base: Any = model.get_base_model()
     own = twin(base)
     own.name_or_path = base.name_or_path
+    config: Any = model.peft_config["default"]
+    config = over_whole_base(config) if changes_base(config) else copy(config)
     with torch.device("meta"):
-        adapted: Any = get_peft_model(own, copy(model.peft_config["default"]), autocast_adapter_dtype=False)
+        adapted: Any = get_peft_model(own, config, autocast_adapter_dtype=False)
     return adapted
 
 
 def _adapter_place(name: str) -> str:
-    """The name that peft gives a tensor of an adapter in a file: without the adapter's own."""
+    """The name that peft gives a tensor of an adapter in a file, without the adapter's own."""
+    if "lora_magnitude_vector" in name:
+        return name.removesuffix(".default.weight")
     return name.replace(COPY, "").replace(".default.", ".")
 
 
@@ -198,12 +207,31 @@ def not_whole(directory: Path) -> UserError:
 def _load_adapter(model: PeftModel, directory: Path) -> dict[str, Tensor]:
     if not (directory / "adapter_config.json").is_file():
         raise UserError(f"{directory}: holds no adapter. Was it saved without model.peft_type: lora?")
-    saved = _adapter_tensors(directory)
+    config: Any = model.peft_config["default"]
+    return (
+        split_initial(_live_tensors(model, directory))[0] if changes_base(config) else _live_tensors(model, directory)
+    )
+
+
+def load_initial(model: nn.Module, directory: Path) -> dict[str, Tensor]:
+    """What the adapters of a checkpoint began with, by the live model's names; none where they left the base alone.
+
+    Raises:
+        UserError: no such checkpoint, found by :func:`load_state` too.
+    """
+    if not has_adapters(model) or not changes_base(model.peft_config["default"]):
+        return {}
+    return split_initial(_live_tensors(model, directory))[1]
+
+
+def _live_tensors(model: PeftModel, directory: Path) -> dict[str, Tensor]:
     live = {_adapter_place(name): name for name in trained_names(model)}
-    return {live.get(name, name): tensor for name, tensor in saved.items()}
+    return {live.get(name, name): tensor for name, tensor in _adapter_tensors(directory).items()}
 
 
 def _adapter_tensors(directory: Path) -> dict[str, Tensor]:
+    if (older := directory / "adapter_model.bin").is_file() and not (directory / ADAPTER_FILE).is_file():
+        return torch.load(older, map_location="cpu", weights_only=True)
     if not (directory / MODEL_SHARDS).is_dir():
         return load_file(directory / ADAPTER_FILE)
     files = ShardFiles(directory / MODEL_SHARDS)
@@ -219,9 +247,7 @@ def describe(model: nn.Module, causal_lm: PreTrainedModel, base: Mapping[str, Te
     adapter = frozen = None
     if has_adapters(model):
         frozen = base_digest(base)
-        lora: Any = model.peft_config["default"]
-        adapter = f"r {lora.r}, alpha {lora.lora_alpha:g}, on {', '.join(sorted(lora.target_modules))}"
-        adapter += f", whole: {', '.join(sorted(lora.modules_to_save))}" if lora.modules_to_save else ""
+        adapter = describe_adapter(model.peft_config["default"])
     return {"model configuration (digest)": digest, "model.lora": adapter, "frozen base (digest)": frozen}
 
 

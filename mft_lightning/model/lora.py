@@ -1,27 +1,46 @@
-"""LoRA adapters: added to a base without values, and drawn."""
+"""LoRA adapters: what peft is told of them, and where they are put. Their values come from ``lora_start.py``."""
 
 from __future__ import annotations
 
+import warnings
+from copy import copy
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from mft_lightning.errors import UserError
-from mft_lightning.model.seeding import seeded
+from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.whole_modules import whole_modules
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 LORA_TARGETS = {"gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]}
+
+# keys of model.lora, and what peft calls them, that decide an adapter's shape and what it computes
+SHAPE = {
+    "r": "r",
+    "alpha": "lora_alpha",
+    "target_modules": "target_modules",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
+}
+# what else of a saved adapter's configuration chooses its layers, which peft does
+CHOICE = ("exclude_modules", "layers_to_transform", "layers_pattern")
+# what is of no account when its weights are there, or is set anew
+OF_NO_ACCOUNT = ("lora_dropout", "init_lora_weights", "inference_mode", "runtime_config", "eva_config")
+IN_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to begin that leave the base another one
 
 
 def add_lora(
     model: PreTrainedModel, settings: LoraSettings, *, base_path: str, new_tokens: int = 0, grown: bool = False
 ) -> PeftModel:
-    """Freeze the model and wrap it with adapters, which are on the meta device until :func:`draw_adapters`.
+    """Freeze the model and wrap it with adapters, which are on the meta device until they are filled.
 
     Args:
         model: the base; its weights are left as they are to the bit.
@@ -31,60 +50,167 @@ def add_lora(
         grown: whether the base had to get rows for them.
 
     Raises:
-        UserError: a target that is no layer of the model, or no known targets for its type; a module that cannot train
-            whole.
+        UserError: a target that is no layer of the model, no known targets for its type, a pattern that no target
+            matches, a module that cannot train whole, or an adapter to start from that cannot be trained.
     """
-    from peft import LoraConfig, get_peft_model  # here for the start-up time of a run without adapters
+    from peft import get_peft_model  # here for the start-up time of a run without adapters
 
-    targets = settings.target_modules or LORA_TARGETS.get(model.config.model_type)
-    if targets is None:
+    config = adapter_config(settings)
+    if config.target_modules is None:
+        config.target_modules = LORA_TARGETS.get(model.config.model_type)
+    if config.target_modules is None:
         raise UserError(f"model.lora.target_modules: not known for {model.config.model_type}; name the linear layers.")
-    layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    if unknown := [target for target in targets if target.rpartition(".")[2] not in layers]:
-        raise UserError(f"model.lora.target_modules: {unknown} is none of the linear layers {sorted(layers)}.")
+    if settings.start_from is None:
+        layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+        if unknown := [name for name in config.target_modules if name.rpartition(".")[2] not in layers]:
+            raise UserError(f"model.lora.target_modules: {unknown} is none of the linear layers {sorted(layers)}.")
+    targets = [] if isinstance(config.target_modules, str) else list(config.target_modules)
     whole = whole_modules(model, settings.modules_to_save, targets, new_tokens=new_tokens, grown=grown)
-    config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft multiplies by it; any number works
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        modules_to_save=whole or None,
-        task_type="CAUSAL_LM",
-    )
+    config.modules_to_save = whole or None
+    tied = {name.removesuffix(".weight") for name in model.all_tied_weights_keys}
     model.name_or_path = base_path  # what peft writes into the adapter's configuration
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern")  # which is refused below
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as error:  # an adapter to start from that is damaged, or of another model
+        key = "" if settings.start_from is None else f".start_from: {settings.start_from}"
+        raise UserError(f"model.lora{key}: peft cannot put this on the model ({first_line(error)}).") from error
+    _check_layers(cast(Any, adapted), settings, tied)
+    cast(Any, adapted).peft_config["default"].init_lora_weights = settings.peft_init
     for layer in adapted.modules():
         if hasattr(layer, "reset_lora_parameters"):
-            for matrix in _pair(layer):
+            for matrix in factors(layer):
                 matrix.to(model.dtype)
     return cast("PeftModel", adapted.train())
 
 
-def draw_adapters(model: PreTrainedModel, seed: int, within: nn.Module | None = None) -> None:
-    """Give adapters their values: peft's draw for each layer, from the seed and the layer's name.
+def factors(layer: Any) -> list[Any]:
+    """The two factors of an adapted layer, as linear layers."""
+    return [layer.lora_A["default"], layer.lora_B["default"]]
 
-    Made in float32, then rounded to what the base is in.
+
+def adapter_config(settings: LoraSettings) -> LoraConfig:
+    """What peft is told of a run's adapters, before anything is known of the model.
+
+    Raises:
+        UserError: the adapter to start from cannot be read or trained, or contradicts another key.
+    """
+    from peft import LoraConfig  # here for the start-up time of a run without adapters
+
+    if settings.start_from is not None:
+        return _continued(settings, settings.start_from)
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft multiplies by it; any number works
+        lora_dropout=settings.dropout,
+        target_modules=settings.target_modules,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        rank_pattern=dict(settings.rank_pattern or {}),
+        alpha_pattern=dict(settings.alpha_pattern or {}),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _continued(settings: LoraSettings, directory: str) -> LoraConfig:
+    """The configuration of an adapter that is there, to train on."""
+    from peft import LoraConfig, PeftConfig  # here for the start-up time of a run without adapters
+
+    key = f"model.lora.start_from: {directory}"
+    if not (Path(directory).expanduser() / "adapter_config.json").is_file():
+        raise UserError(f"{key} holds no adapter. Give a directory with an adapter_config.json.")
+    try:
+        saved: Any = PeftConfig.from_pretrained(str(Path(directory).expanduser()))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{key}: its adapter_config.json cannot be read ({first_line(error)}).") from error
+    if not isinstance(saved, LoraConfig):
+        raise UserError(f"{key} is an adapter of peft's {saved.peft_type}; only LoRA's can be trained.")
+    begun = str(saved.init_lora_weights).lower()
+    if begun.startswith(IN_THE_BASE):
+        raise UserError(
+            f"{key} was begun with init_lora_weights: {begun}, which changes the base. Save it again by peft's "
+            "save_pretrained with path_initial_model_for_weight_conversion."
+        )
+    plain, general = LoraConfig(), {field.name for field in fields(PeftConfig)}
+    carried = {*SHAPE.values(), *CHOICE, *OF_NO_ACCOUNT, *general}
+    if others := [f.name for f in fields(saved) if f.name not in carried and _differ(plain, saved, f.name)]:
+        raise UserError(f"{key} has {', '.join(others)}, which cannot be trained here.")
+    config, unset = copy(saved), LoraSettings()
+    for name, theirs in SHAPE.items():
+        ours, kept = getattr(settings, name), getattr(config, theirs)
+        same = set(ours) == set(kept) if name == "target_modules" and ours is not None else ours == kept
+        if ours != getattr(unset, name) and not same:
+            said = sorted(kept) if isinstance(kept, set) else kept
+            raise UserError(f"model.lora.{name}: is {ours}, but {said} in {directory}. Leave it out.")
+    config.lora_dropout, config.init_lora_weights, config.inference_mode = settings.dropout, True, False
+    config.base_model_name_or_path, config.revision, config.task_type = None, None, "CAUSAL_LM"
+    return config
+
+
+def _differ(plain: Any, saved: Any, name: str) -> bool:
+    return bool((getattr(saved, name) or None) != (getattr(plain, name) or None))
+
+
+def _check_layers(adapted: Any, settings: LoraSettings, tied: set[str]) -> None:
+    """Adapters can be trained on linear layers alone; every pattern must be of one of these."""
+    from peft.utils.other import get_pattern_key
+
+    config = adapted.peft_config["default"]
+    layers = {name: adapted.base_model.model.get_submodule(name) for name in adapted.base_model.targeted_module_names}
+    if others := [name for name, layer in layers.items() if not isinstance(layer.get_base_layer(), nn.Linear)]:
+        raise UserError(f"model.lora.start_from: its target {others[0]} is no linear layer, which cannot be trained.")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if not any(get_pattern_key([pattern], name) == pattern for name in layers):
+                raise UserError(
+                    f"model.lora.{key}: {pattern!r} is no name, or end of one, of a layer with an adapter, like "
+                    f"{next(iter(layers))}."
+                )
+    if settings.changes_base:
+        for name, layer in layers.items():
+            if (rank := layer.r["default"]) > (most := min(layer.in_features, layer.out_features)):
+                raise UserError(f"model.lora.r: {rank} is more than {name}'s {most} singular values, which init takes.")
+            if name in tied:
+                raise UserError(f"model.lora.init: {settings.init} changes {name}, which is tied to the embeddings.")
+
+
+def check_adapters(settings: LoraSettings, tensor_parallel_size: int, *, quantized: bool) -> None:
+    """Raise where a run cannot train its adapters, without reading any weights.
 
     Args:
-        model: the base with its adapters.
-        seed: of the draw.
-        within: the part of it; all if left out.
+        settings: of the adapters.
+        tensor_parallel_size: devices that share a layer.
+        quantized: whether the base is.
     """
-    wanted = set((model if within is None else within).modules())
-    dtype = model.dtype
-    for name, layer in model.named_modules():
-        if layer not in wanted or not hasattr(layer, "reset_lora_parameters"):
-            continue
-        adapted, pair = cast(Any, layer), _pair(layer)
-        if not pair[0].weight.is_meta:  # drawn with another part
-            continue
-        for matrix in pair:
-            matrix.to_empty(device="cpu").float()
-        with seeded(seed, name):
-            adapted.reset_lora_parameters("default", True)
-        for matrix in pair:
-            matrix.to(dtype)
+    if not adapter_config(settings).use_dora:
+        return
+    key = "model.lora.use_dora: needs the norms of whole matrices, "
+    if tensor_parallel_size > 1:
+        raise UserError(
+            f"{key}of which parallel.tensor_parallel_size leaves each device a part. Leave one of them out."
+        )
+    if quantized:
+        raise UserError(f"{key}which model.peft_type: qlora quantises. Use lora, or leave it out.")
 
 
-def _pair(layer: Any) -> list[Any]:
-    return [layer.lora_A["default"], layer.lora_B["default"]]
+def describe_adapter(config: Any) -> str:
+    """What decides an adapter's shape and what it computes, in one line; what is left at its default is not said."""
+    targets = config.target_modules
+    named = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    said = [f"r {config.r}, alpha {config.lora_alpha:g}, on {named}"]
+    if config.modules_to_save:
+        said.append(f"whole: {', '.join(sorted(config.modules_to_save))}")
+    said += [key for key in ("use_rslora", "use_dora") if getattr(config, key)]
+    for key in ("rank_pattern", "alpha_pattern", *CHOICE):
+        if value := getattr(config, key):
+            said.append(f"{key} {_in_order(value)}")
+    if isinstance(config.init_lora_weights, str):
+        said.append(f"init {config.init_lora_weights}")
+    return ", ".join(said)
+
+
+def _in_order(value: Any) -> Any:
+    if isinstance(value, dict):
+        return dict(sorted(value.items()))
+    return sorted(value) if isinstance(value, (set, list, tuple)) else value

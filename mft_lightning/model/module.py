@@ -21,6 +21,7 @@ from mft_lightning.model.build import Attention, Built, ModelSource, load_config
 from mft_lightning.model.export import describe, trained_names
 from mft_lightning.model.generation import Answer, GenerationSettings, answer_on_ranks
 from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
+from mft_lightning.model.lora import check_adapters
 from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.optim import (
@@ -124,6 +125,8 @@ class MFTModule(L.LightningModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
+        if peft_type == "qlora" and lora.changes_base:
+            raise UserError("model.lora.init: needs the base's own weights, which qlora quantises. Leave it out.")
         check_settings(weighted_loss_mode, coba, famo)
         if attn_implementation == "flex_attention":
             why = "It has no backward pass on the CPU, and was not yet run on a GPU. Use sdpa or eager."
@@ -163,6 +166,7 @@ class MFTModule(L.LightningModule):
             adam_beta1=adam_beta1,
             adam_beta2=adam_beta2,
             adam_epsilon=adam_epsilon,
+            loraplus_lr_ratio=lora.loraplus_lr_ratio,
         )
         self.weighted_loss_mode = weighted_loss_mode
         self.coba, self.famo = coba, famo
@@ -193,6 +197,8 @@ class MFTModule(L.LightningModule):
         """Raise what can be known without loading weights or data."""
         config = load_config(self.source.path, self.source.model_type, self.source.trust_remote_code)
         check_tensor_parallel(config, tensor_parallel_size, self.lora.modules_to_save or [])
+        if self.peft_type is not None:
+            check_adapters(self.lora, tensor_parallel_size, quantized=self.quantization is not None)
         if self.quantization is not None:
             check_quantizable(self.quantization, self.source.dtype)
         if self.optim.kind == "paged_adamw":
@@ -245,10 +251,18 @@ class MFTModule(L.LightningModule):
 
     def fingerprint(self, datamodule: MFTDataModule) -> dict[str, Any]:
         """What decides a run's steps, by key; a checkpoint resumes only on the same."""
-        return {**datamodule.fingerprint, **self.description}
+        return {**datamodule.fingerprint, **self.description, **self.grouping}
+
+    @property
+    def grouping(self) -> dict[str, Any]:
+        """What decides the groups in which the optimizer's state has the parameters, by key."""
+        return {"model.lora.loraplus_lr_ratio": "set" if self.lora.loraplus_lr_ratio is not None else None}
 
     def configure_model(self) -> None:
         self.build(self.datamodule)
+        assert self.built is not None
+        if self.built.weights is None:  # of a sketch the strategy completes part after part
+            self.built.complete()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer, scheduler = self.optim.build(live_parameters(self._network), self.matrices, self.total_steps())

@@ -46,6 +46,7 @@ class OptimizerSettings:
     adam_beta1: float
     adam_beta2: float
     adam_epsilon: float
+    loraplus_lr_ratio: float | None = None
 
     def __post_init__(self) -> None:
         for key in ("learning_rate", "lr_power", "lr_num_cycles", "adam_epsilon"):
@@ -72,7 +73,12 @@ class OptimizerSettings:
             matrices: the names of those that decay, of :func:`matrix_names`.
             total_steps: of the whole run.
         """
-        groups = parameter_groups(parameters, matrices, self.weight_decay)
+        if self.loraplus_lr_ratio is None:
+            groups = parameter_groups(parameters, matrices, self.weight_decay)
+        else:
+            groups = loraplus_groups(
+                parameters, matrices, self.weight_decay, rate=self.learning_rate, ratio=self.loraplus_lr_ratio
+            )
         betas = (self.adam_beta1, self.adam_beta2)
         optimizer: Optimizer
         if self.kind == "paged_adamw":
@@ -121,6 +127,26 @@ def parameter_groups(
         {"params": [parameter for matrix, parameter in trainable if not matrix], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def loraplus_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    matrices: Collection[str],
+    weight_decay: float,
+    *,
+    rate: float,
+    ratio: float,
+) -> list[dict[str, Any]]:
+    """The groups of :func:`parameter_groups`, each in two: what learns at ``rate``, and what at ``ratio`` times that.
+
+    The faster ones are those of peft's ``create_loraplus_optimizer``: an adapter's second factor, and what is no matrix
+    (DoRA's magnitudes). Embeddings' adapters, which have a rate of their own there, there are none of here.
+    """
+    trainable = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
+    fast = [(name, parameter) for name, parameter in trainable if "lora_B" in name or name not in matrices]
+    slow = [(name, parameter) for name, parameter in trainable if "lora_B" not in name and name in matrices]
+    halves = ((slow, rate), (fast, ratio * rate))
+    return [{**group, "lr": lr} for half, lr in halves for group in parameter_groups(half, matrices, weight_decay)]
 
 
 def learning_rate_factor(

@@ -93,9 +93,9 @@ class HFCheckpointIO(CheckpointIO):
         """
         if self._write_model is not None:
             return
-        network = self.module.network
-        assert network is not None
-        self._write_model = ModelWriter(network.model)
+        built, network = self.module.built, self.module.network
+        assert built is not None and network is not None
+        self._write_model = ModelWriter(network.model, built.start.initial if built.start is not None else None)
         with tempfile.TemporaryDirectory() as folder:
             save_tokenizer(self.module.datamodule.tokenizer, Path(folder))
             network.causal_lm.generation_config.save_pretrained(folder)

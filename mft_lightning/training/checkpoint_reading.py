@@ -13,7 +13,7 @@ import torch
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.build import Built
-from mft_lightning.model.export import load_state, not_whole, twin
+from mft_lightning.model.export import load_initial, load_state, not_whole, twin
 from mft_lightning.model.module import NETWORK
 from mft_lightning.model.weights import StoredWeights
 from mft_lightning.screen import printable, shown
@@ -28,7 +28,8 @@ TRAINER_KEYS |= {"pytorch-lightning_version"}
 def read_state(path: Path, built: Built) -> dict[str, Any]:
     """What a checkpoint directory holds for a network; nothing is unpickled that ``weights_only`` would refuse.
 
-    Without the trainer's state, where that was dropped: enough to measure the model, not to go on.
+    Adapters that begin with a part of the base begin with the checkpoint's from here on. Without the trainer's state,
+    where that was dropped: enough to measure the model, not to go on.
 
     Args:
         path: of the directory.
@@ -79,7 +80,10 @@ def _state(built: Built, path: Path) -> Mapping[str, torch.Tensor]:
     """The weights in a checkpoint; those of a sketch are read one by one, when each is asked for."""
     sketched = built.weights is not None
     if has_adapters(built.network.model) or not (sketched or is_sharded_checkpoint(path)):
-        return load_state(built.network.model, path)
+        state = load_state(built.network.model, path)
+        if built.start is not None:
+            built.start.initial.update(load_initial(built.network.model, path))
+        return state
     if not (path / "config.json").is_file():
         raise not_whole(path)
     model = built.weights.model if built.weights is not None else twin(built.network.causal_lm)

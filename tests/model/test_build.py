@@ -168,9 +168,6 @@ def test_an_unknown_lora_target_is_named(tiny_model: Path, example_tasks: list[s
 def test_what_is_not_there_yet_is_refused() -> None:
     with pytest.raises(NotYetError):
         MFTModule(pretrained_model_path="x", attn_implementation="flex_attention")
-    for key in ({"use_dora": True}, {"use_rslora": True}, {"init": "pissa"}):
-        with pytest.raises(NotYetError):
-            LoraSettings(**key)
 
 
 def test_task_weights_need_a_loss_that_weighs_tasks(tiny_model: Path, example_tasks: list[str]) -> None:

@@ -8,11 +8,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft.optimizers import create_loraplus_optimizer
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.model.module import MFTModule
-from mft_lightning.model.optim import SCHEDULERS, learning_rate_factor, matrix_names, parameter_groups
+from mft_lightning.model.optim import (
+    SCHEDULERS,
+    learning_rate_factor,
+    matrix_names,
+    parameter_groups,
+)
+from mft_lightning.model.settings import LoraSettings
 
 CONSTANT = ("constant", "constant_with_warmup")
 
@@ -81,3 +88,30 @@ def test_biases_and_norms_do_not_decay(tiny_model: Path, example_tasks: list[str
     assert all(names[id(p)].endswith("bias") or "norm" in names[id(p)] for p in still["params"])
     assert not any(names[id(p)].endswith("bias") or "norm" in names[id(p)] for p in decaying["params"])
     assert len(decaying["params"]) + len(still["params"]) == len(names)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_loraplus_learns_as_fast_as_pefts_own(tiny_model: Path, example_tasks: list[str], use_dora: bool) -> None:
+    """Every parameter at the rate and decay that peft gives it, DoRA's magnitudes too; all follow the schedule."""
+    datamodule = MFTDataModule(data_paths=example_tasks, tokenizer_path=str(tiny_model))
+    lora = LoraSettings(r=4, use_dora=use_dora, loraplus_lr_ratio=16)
+    module = MFTModule(pretrained_model_path=str(tiny_model), init="random", peft_type="lora", lora=lora)
+    network = module.build(datamodule)
+    names = {id(parameter): name for name, parameter in network.model.named_parameters()}
+    theirs = create_loraplus_optimizer(
+        network.model, torch.optim.AdamW, lr=1e-5, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
+    )
+    ours, scheduler = module.optim.build(network.named_parameters(), matrix_names(network), total_steps=10)
+
+    def by_name(optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
+        groups = optimizer.param_groups
+        return {names[id(p)]: (g.get("initial_lr", g["lr"]), g["weight_decay"]) for g in groups for p in g["params"]}
+
+    assert by_name(ours) == by_name(theirs)
+    assert {rate for rate, _ in by_name(ours).values()} == {1e-5, 16e-5}
+    assert len(ours.param_groups) == (3 if use_dora else 2)
+    for _ in range(5):
+        ours.step()
+        scheduler.step()
+    rates = [group["lr"] for group in ours.param_groups]
+    assert rates[1] == pytest.approx(16 * rates[0]) and 0 < rates[0] < 1e-5
