@@ -30,7 +30,7 @@ from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.exact_match import ExactMatch, check_exact_match
 from mft_lightning.training.retention import SUPERSEDED
 from mft_lightning.training.run_lock import only_run_in
-from mft_lightning.training.same_run import LOST, changed_layout, check_same_run, set_position
+from mft_lightning.training.same_run import LOST, changed_layout, check_same_run, check_start, set_position
 from mft_lightning.training.signals import GracefulStop
 from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import fit_trainer
@@ -73,13 +73,18 @@ def _fit(config: RunConfig) -> None:
     keys, module, datamodule, settings = config.trainer_config, config.model, config.datamodule, config.settings
     resumed = _resumed(config)
     module.check(datamodule, config.settings.parallel.tensor_parallel_size)
+    if settings.checkpoint.sharded and module.lora.changes_base:
+        raise UserError(
+            f"checkpoint.sharded: has no place for what adapters begin with under model.lora.init: {module.lora.init}. "
+            "Leave it out; adapters are small."
+        )
     with ranks.first_before_others("data"):
         datamodule.setup("fit")
     _check_evaluation(config, datamodule)
     check_balancing(module, datamodule)
     module.build(datamodule, random_base=str(config.output_dir / "base"), sketched=config.sharded)
     checkpoint_io = HFCheckpointIO(module)
-    notes = _load(checkpoint_io, resumed.path, config) if resumed is not None else []
+    notes = _load(checkpoint_io, resumed.path, config) if resumed is not None else check_start(module)
     total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])
     if resumed is not None and resumed.step >= total_steps:
         if ranks.is_first():
@@ -127,7 +132,7 @@ def _load(checkpoint_io: HFCheckpointIO, path: Path, config: RunConfig) -> list[
     except UserError as error:
         if may_change:
             raise
-        check_same_run(path, module.description)
+        check_same_run(path, {**module.description, **module.grouping})
         raise UserError(f"{error} Or go on regardless with --checkpoint.allow_changes true. {LOST}") from error
     if not changes:
         return []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from mft_lightning.errors import UserError
 from mft_lightning.run_config import RunConfig
+from mft_lightning.screen import say
 from mft_lightning.training.checkpoint_choice import resolve_checkpoint
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
-from mft_lightning.training.same_run import check_same_run
+from mft_lightning.training.same_run import check_same_run, check_start
 
 
 def named_checkpoint(config: RunConfig) -> CheckpointInfo | None:
@@ -26,7 +27,7 @@ def named_checkpoint(config: RunConfig) -> CheckpointInfo | None:
 
 
 def build_for(config: RunConfig, checkpoint: CheckpointInfo | None) -> HFCheckpointIO:
-    """Build the network, and load the checkpoint ahead, if it is one of such a network.
+    """Build the network, and load the checkpoint ahead, if it is one of such a network; say what it starts from else.
 
     Raises:
         UserError: it is not, or cannot be loaded.
@@ -34,7 +35,9 @@ def build_for(config: RunConfig, checkpoint: CheckpointInfo | None) -> HFCheckpo
     module = config.model
     module.build(config.datamodule, random_base=str(config.output_dir / "base"), sketched=config.sharded)
     checkpoint_io = HFCheckpointIO(module)
-    if checkpoint is not None:
+    if checkpoint is None:
+        say(*check_start(module))
+    else:
         check_same_run(checkpoint.path, {"data.role_tokens": config.datamodule.role_tokens})
         checkpoint_io.preload(checkpoint.path)
         check_same_run(checkpoint.path, module.description)

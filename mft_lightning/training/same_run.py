@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mft_lightning.errors import UserError
-from mft_lightning.training.checkpoint_dirs import read_metadata
+from mft_lightning.model.build import adapter_base
+from mft_lightning.model.module import MFTModule
+from mft_lightning.screen import shown
+from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
 
 LOST = (
     "What is lost: the epoch that was begun is another one now, of which conversations may come twice or not at all; "
@@ -36,6 +39,38 @@ def check_same_run(directory: Path, now: dict[str, Any], may_change: Collection[
     if refused := [text for key, text in said.items() if key not in may_change]:
         raise UserError(f"--ckpt_path: {directory.name} belongs to another run: {'; '.join(refused)}. Set them back.")
     return list(said.values())
+
+
+def check_start(module: MFTModule) -> list[str]:
+    """Refuse an adapter to start from that was trained on another base than the one that is built.
+
+    Returns:
+        What to say where that cannot be known: the adapter does not tell, or held its base in another dtype.
+
+    Raises:
+        UserError: it was, or its files are not as they were written.
+    """
+    assert module.built is not None
+    if module.lora.start_from is None or module.built.start is None or module.built.start.stored is None:
+        return []
+    directory, held = Path(module.lora.start_from).expanduser(), next(iter(module.built.start.stored.values())).dtype
+    key, trained_on = "frozen base (digest)", None
+    if (directory / METADATA).is_file():
+        verify_weights(directory)
+        trained_on = read_metadata(directory)["fingerprint"].get(key)
+    if trained_on is None or held != module.source.dtype:
+        why = "it does not tell" if trained_on is None else f"it was trained in {str(held).removeprefix('torch.')}"
+        return [
+            f"note: whether the adapter in {shown(directory)} was trained on this base is not known ({why}); it names "
+            f"{adapter_base(directory)}."
+        ]
+    if trained_on != module.description[key]:
+        raise UserError(
+            f"model.lora.start_from: {directory} was trained on another base (digest {trained_on}, here "
+            f"{module.description[key]}). Give the base that it names, {adapter_base(directory)}, as "
+            "model.pretrained_model_path with model.init: pretrained."
+        )
+    return []
 
 
 def changed_layout(directory: Path, processes: int, sharing: int) -> list[str]:
