@@ -63,6 +63,7 @@ LORA = keys(model__peft_type="lora", model__lora__r=16)
 WHOLE = keys(model__lora__modules_to_save="[embed_in,lm_head]")
 QLORA = LORA | keys(model__peft_type="qlora")
 EIGHT = QLORA | keys(model__qlora__bits=8)
+PISSA = LORA | keys(model__lora__r=96, model__lora__dropout=0, model__lora__init="pissa_niter_4")
 AGAIN = keys(model__checkpoint_activations=True)
 PADDED = keys(data__padding_mode="padding")
 DDP, FSDP = keys(trainer__strategy="ddp"), keys(trainer__strategy="fsdp")
@@ -90,6 +91,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         MIDDLE,
         batch(4, 512) | LORA | keys(model__lora__target_modules="[query_key_value,lm_head]"),
     ),
+    "512 x 6, lora r 96": (MIDDLE, batch(4, 512) | LORA | keys(model__lora__r=96, model__lora__dropout=0)),
+    "512 x 6, lora r 96, pissa": (MIDDLE, batch(4, 512) | PISSA),
     "512 x 6, bf16-true": (MIDDLE, batch(4, 512) | TRUE),
     "512 x 6, bf16-mixed": (MIDDLE, batch(4, 512) | MIXED),
     "512 x 6, lora, embeddings and head whole": (MIDDLE, batch(4, 512) | LORA | WHOLE),

@@ -14,8 +14,9 @@ from typing import Any, cast
 from torch import nn
 
 from mft_lightning.model.activations import Computation, heads_within, kept_by_layer
-from mft_lightning.model.adapters import has_adapters
+from mft_lightning.model.adapters import has_adapters, in_adapter
 from mft_lightning.model.head_loss import computes_bfloat16
+from mft_lightning.model.lora_start import changes_base
 from mft_lightning.model.parallel import transformer_layers
 from mft_lightning.model.quantized import dequantized_bytes, eight_bit_layers, held_bytes
 from mft_lightning.model.step_setup import StepSetup
@@ -94,7 +95,7 @@ class _Step:
             found.append(("second step begins", {"gradients": 2 * self.trained_numel * self.held}))
         network = self.network
         fixed = {
-            "weights": sum(map(held_bytes, network.parameters())) * self.share,
+            "weights": sum(map(held_bytes, network.parameters())) * self.share + self._begun(),
             "optimizer": 2 * self.trained_numel * self.held * self.share,  # AdamW's two moments
         }
         return [
@@ -161,6 +162,14 @@ class _Step:
         return {"gradients": trained, "optimizer": max((2 * size + before for size, before in pairs), default=0)}
 
     # ---------------------------------------------------------------- parts
+
+    def _begun(self) -> float:
+        """What adapters took from the base to begin with, which the first rank keeps in host memory to save it."""
+        adapted: Any = self.setup.network.model
+        if self.setup.device != "cpu" or not has_adapters(adapted) or not changes_base(adapted.peft_config["default"]):
+            return 0
+        named = self.setup.network.named_parameters()
+        return sum(value.numel() for name, value in named if value.requires_grad and in_adapter(name)) * self.held
 
     def _unreduced(self) -> float:
         """Gradients of earlier micro-batches; FSDP2 holds them whole until the last one's backward."""

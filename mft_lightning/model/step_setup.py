@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
 
 from mft_lightning.errors import UserError
 from mft_lightning.model.build import ModelSource, load_config, model_options
@@ -90,7 +92,7 @@ def meta_network(
         new_tokens: tokens that the base has never seen.
 
     Raises:
-        UserError: no configuration, or the activations of its model are not known.
+        UserError: no configuration, or what its model or its adapters need is not known.
     """
     config = load_config(source.path, source.model_type, source.trust_remote_code)
     if config.model_type != "gpt_neox":
@@ -103,4 +105,15 @@ def meta_network(
         quantize(model, quantization)
     if adapters is None:
         return SupervisedLM(model)
-    return SupervisedLM(add_lora(model, adapters, base_path=source.path, new_tokens=new_tokens, grown=grown))
+    adapted: Any = add_lora(model, adapters, base_path=source.path, new_tokens=new_tokens, grown=grown)
+    network = SupervisedLM(adapted)
+    if adapted.peft_config["default"].use_dora:
+        raise UserError("model.lora.use_dora: what it needs is not known. Leave it out for the least that it can be.")
+    if len({_trained(layer) for layer in transformer_layers(network)}) > 1:
+        raise UserError("model.lora.rank_pattern: what layers of different ranks need is not known. Leave it out.")
+    return network
+
+
+def _trained(layer: nn.Module) -> tuple[int, ...]:
+    """Elements of each tensor of a layer that trains."""
+    return tuple(parameter.numel() for parameter in layer.parameters() if parameter.requires_grad)

@@ -14,6 +14,7 @@ from mft_lightning.cli import main
 from mft_lightning.data import token_cache
 from tests.integration.conftest import ROOT
 
+LORA = ("--model.peft_type", "lora")
 Estimate = Callable[..., str]
 
 
@@ -125,6 +126,17 @@ def test_devices_that_share_layers_hold_a_part_of_them_and_of_the_head(estimate:
     assert change["same"] and "each layer shared by 2" in estimate(*words, *as_words(change["keys"]))
 
 
+def test_adapters_of_all_kinds_count_by_their_rank(estimate: Estimate) -> None:
+    """And those that begin with a part of the base keep it on the host, as large as the adapters themselves."""
+    started = ("--model.lora.dropout", "0", "--model.lora.use_rslora", "true", "--model.lora.loraplus_lr_ratio", "8")
+    plain, pissa, fewer = (
+        json.loads(estimate("--json", "--device", "cpu", *started, *words, config="lora.yaml"))["moments"]["optimizer"]
+        for words in ((), ("--model.lora.init", "pissa"), ("--model.lora.rank_pattern", '{".*": 48}'))
+    )
+    assert pissa["weights"] - plain["weights"] == plain["gradients"] > 0
+    assert pissa["weights"] - plain["weights"] == 2 * (plain["weights"] - fewer["weights"])
+
+
 def test_shorter_conversations_need_less(estimate: Estimate) -> None:
     whole, half = (json.loads(estimate("--json", "--length", length)) for length in ("512", "256"))
     assert half["peak"] < 0.6 * whole["peak"] and half["length"] == 256
@@ -150,6 +162,11 @@ def test_shorter_conversations_need_less(estimate: Estimate) -> None:
         (
             ("--parallel.tensor_parallel_size", "3", "--devices", "6"),
             "parallel.tensor_parallel_size: 3 does not divide the model's num_attention_heads",
+        ),
+        ((*LORA, "--model.lora.use_dora", "true"), "model.lora.use_dora: what it needs is not known"),
+        (
+            (*LORA, "--model.lora.rank_pattern", '{"0.attention.dense": 2}'),
+            "model.lora.rank_pattern: what layers of different ranks need is not known",
         ),
         (("--data.seq_length", "1024"), "data.seq_length: 1024 is more than the 512 positions"),
         (("--data.seq_lenght", "5"), "data.seq_lenght: there is no such key. The nearest is data.seq_length."),
