@@ -140,7 +140,8 @@ def loraplus_groups(
     """The groups of :func:`parameter_groups`, each in two: what learns at ``rate``, and what at ``ratio`` times that.
 
     The faster ones are those of peft's ``create_loraplus_optimizer``: an adapter's second factor, and what is no matrix
-    (DoRA's magnitudes). Embeddings' adapters, which have a rate of their own there, there are none of here.
+    (DoRA's magnitudes, which it lets decay). Embeddings' adapters, which have a rate of their own there, there are none
+    of here.
     """
     trainable = [(name, parameter) for name, parameter in parameters if parameter.requires_grad]
     fast = [(name, parameter) for name, parameter in trainable if "lora_B" in name or name not in matrices]

@@ -92,7 +92,7 @@ def test_biases_and_norms_do_not_decay(tiny_model: Path, example_tasks: list[str
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_loraplus_learns_as_fast_as_pefts_own(tiny_model: Path, example_tasks: list[str], use_dora: bool) -> None:
-    """Every parameter at the rate and decay that peft gives it, DoRA's magnitudes too; all follow the schedule."""
+    """Every parameter at the rate and decay that peft gives it; DoRA's magnitudes alone decay there, and not here."""
     datamodule = MFTDataModule(data_paths=example_tasks, tokenizer_path=str(tiny_model))
     lora = LoraSettings(r=4, use_dora=use_dora, loraplus_lr_ratio=16)
     module = MFTModule(pretrained_model_path=str(tiny_model), init="random", peft_type="lora", lora=lora)
@@ -107,7 +107,8 @@ def test_loraplus_learns_as_fast_as_pefts_own(tiny_model: Path, example_tasks: l
         groups = optimizer.param_groups
         return {names[id(p)]: (g.get("initial_lr", g["lr"]), g["weight_decay"]) for g in groups for p in g["params"]}
 
-    assert by_name(ours) == by_name(theirs)
+    still = {name: (rate, 0.0) for name, (rate, _) in by_name(theirs).items() if "magnitude" in name}
+    assert by_name(ours) == by_name(theirs) | still and bool(still) == use_dora
     assert {rate for rate, _ in by_name(ours).values()} == {1e-5, 16e-5}
     assert len(ours.param_groups) == (3 if use_dora else 2)
     for _ in range(5):
