@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -24,7 +24,7 @@ from mft_lightning.model.base import base_digest
 from mft_lightning.model.config_file import add_older_names
 from mft_lightning.model.lora import describe_adapter
 from mft_lightning.model.lora_start import changes_base, over_whole_base, split_initial, with_initial
-from mft_lightning.model.weight_files import MODEL_SHARDS, ShardFiles
+from mft_lightning.model.weight_files import MODEL_SHARDS, UNREADABLE, ShardFiles, open_adapter
 from mft_lightning.model.weights import sketch
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def load_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:
     """
     try:
         state = _load_adapter(model, directory) if has_adapters(model) else _load_full(directory)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{directory}: the weights cannot be loaded ({first_line(error)}).") from error
     live = model.state_dict()
     expected = trained_names(model)
@@ -230,11 +230,8 @@ def _live_tensors(model: PeftModel, directory: Path) -> dict[str, Tensor]:
 
 
 def _adapter_tensors(directory: Path) -> dict[str, Tensor]:
-    if (older := directory / "adapter_model.bin").is_file() and not (directory / ADAPTER_FILE).is_file():
-        return torch.load(older, map_location="cpu", weights_only=True)
-    if not (directory / MODEL_SHARDS).is_dir():
-        return load_file(directory / ADAPTER_FILE)
-    files = ShardFiles(directory / MODEL_SHARDS)
+    shards = directory / MODEL_SHARDS
+    files = ShardFiles(shards) if shards.is_dir() else open_adapter(directory)
     return {name: files.read(name) for name in files.names()}
 
 
