@@ -82,6 +82,7 @@ def measure(directory: str, kind: str) -> dict[str, int]:
         source,
         tokenizer,
         adapters=adapters,
+        quantization=None,
         objective=Objective(),
         random_base=directory,
         checkpoint_activations=False,

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 from mft_lightning.data.collate import MicroBatch
 from mft_lightning.model.activations import Computation, kept_by_layer
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION
-from mft_lightning.model.lora import add_lora, draw_adapters
+from mft_lightning.model.lora import add_lora
+from mft_lightning.model.lora_start import LoraStart
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM
 
@@ -29,7 +30,7 @@ def network(layers: int, attention: str, adapters: LoraSettings | None, **config
     if adapters is None:
         return SupervisedLM(model)
     adapted = add_lora(model, adapters, base_path="base")
-    draw_adapters(model, seed=0)
+    LoraStart("default", seed=0).fill(model)
     return SupervisedLM(adapted)
 
 
