@@ -16,6 +16,8 @@ from mft_lightning.data.records import ROLES
 from mft_lightning.errors import UserError, first_line
 
 NEOX_PAD = "<|padding|>"
+# of classes of transformers 5 in transformers 4
+NAMES_BEFORE = {"TokenizersBackend": "PreTrainedTokenizerFast", "GPTNeoXTokenizer": "GPTNeoXTokenizerFast"}
 
 
 def load_tokenizer(
@@ -83,15 +85,15 @@ def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a tokenizer with its chat template, for transformers 4 too.
 
-    Which does not know the name that transformers 5 gives a class without a name of its own
-    (https://github.com/huggingface/transformers/issues/47553), and stops at a list of extra_special_tokens, such as
-    role markers (https://github.com/huggingface/transformers/pull/45566); transformers 5 knows both names for either.
+    Which knows other names of classes (https://github.com/huggingface/transformers/issues/47553), gives models inputs
+    that they do not take unless it is told, and stops at a list of extra_special_tokens, such as role markers
+    (https://github.com/huggingface/transformers/pull/45566); transformers 5 knows both names of each.
     """
     tokenizer.save_pretrained(directory)
     file = directory / TOKENIZER_CONFIG_FILE
     config = json.loads(file.read_text(encoding="utf-8"))
-    if config["tokenizer_class"] == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["tokenizer_class"] = NAMES_BEFORE.get(config["tokenizer_class"], config["tokenizer_class"])
+    config["model_input_names"] = tokenizer.model_input_names
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from mft_lightning.cli import main
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.records import Turn
+from mft_lightning.data.tokenizer import load_tokenizer, save_tokenizer
 from mft_lightning.model.config_file import add_older_names
 from tests.conftest import SHARED
 from tests.integration import preloaded
@@ -148,9 +149,19 @@ def test_what_is_saved_is_read_by_servers_of_transformers_4(kind: str, request: 
     model = request.getfixturevalue(kind)
     config = json.loads((model / "config.json").read_text())
     assert config["architectures"] == ["GPTNeoXForCausalLM"] and config["rotary_pct"] == 1.0
-    assert json.loads((model / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer = json.loads((model / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
     generation = json.loads((model / "generation_config.json").read_text())
     assert (generation["eos_token_id"], generation["pad_token_id"]) == (0, 1)
+
+
+def test_the_tokenizer_of_gpt_neox_has_the_name_of_its_class_in_transformers_4(pythia: Path, tmp_path: Path) -> None:
+    before = load_tokenizer(str(pythia))
+    save_tokenizer(before, tmp_path)
+    after = AutoTokenizer.from_pretrained(tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "GPTNeoXTokenizerFast"
+    assert type(after) is type(before) and after.backend_tokenizer.to_str() == before.backend_tokenizer.to_str()
 
 
 @pytest.mark.parametrize("asked", [True, False])
