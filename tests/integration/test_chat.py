@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import codecs
 import os
 import pty
 import re
@@ -33,6 +34,7 @@ class Terminal:
 
     def __init__(self, checkpoint: Path, *words: str) -> None:
         self.unread = ""
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode  # a letter may come in two parts
         self.mine, theirs = pty.openpty()
         environment = {**user_environment(), "TERM": "xterm"}
         script = ["tests/integration/in_terminal.py", "chat", "--model", str(checkpoint), "--device", "cpu", *words]
@@ -44,7 +46,7 @@ class Terminal:
         deadline = time.monotonic() + 30
         while text not in self.unread:
             assert select.select([self.mine], [], [], max(0, deadline - time.monotonic()))[0], self.unread
-            self.unread += os.read(self.mine, 65536).decode(errors="replace").replace("\r", "")
+            self.unread += self.decode(os.read(self.mine, 65536)).replace("\r", "")
             self.unread = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.unread)
         read, _, self.unread = self.unread.partition(text)
         return read + text
