@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
-import codecs
 import os
 import pty
 import re
