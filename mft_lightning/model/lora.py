@@ -61,9 +61,10 @@ def add_lora(
     if config.target_modules is None:
         raise UserError(f"model.lora.target_modules: not known for {model.config.model_type}; name the linear layers.")
     if settings.start_from is None:
-        layers = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-        if unknown := [name for name in config.target_modules if name.rpartition(".")[2] not in layers]:
-            raise UserError(f"model.lora.target_modules: {unknown} is none of the linear layers {sorted(layers)}.")
+        layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+        ends = sorted({name.rpartition(".")[2] for name in layers})
+        if unknown := [end for end in config.target_modules if not any(f".{name}".endswith(f".{end}") for name in layers)]:
+            raise UserError(f"model.lora.target_modules: {unknown} is none of the linear layers {ends}.")
     targets = [] if isinstance(config.target_modules, str) else list(config.target_modules)
     whole = whole_modules(model, settings.modules_to_save, targets, new_tokens=new_tokens, grown=grown)
     config.modules_to_save = whole or None
@@ -96,10 +97,19 @@ def adapter_config(settings: LoraSettings) -> LoraConfig:
     Raises:
         UserError: the adapter to start from cannot be read or trained, or contradicts another key.
     """
+    if settings.start_from is not None:
+        config = _continued(settings, settings.start_from)
+    else:
+        config = _new(settings)
+    # of several that match a layer peft takes the first, and saves them in this order
+    config.rank_pattern = dict(sorted(config.rank_pattern.items()))
+    config.alpha_pattern = dict(sorted(config.alpha_pattern.items()))
+    return config
+
+
+def _new(settings: LoraSettings) -> LoraConfig:
     from peft import LoraConfig  # here for the start-up time of a run without adapters
 
-    if settings.start_from is not None:
-        return _continued(settings, settings.start_from)
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft multiplies by it; any number works
@@ -153,26 +163,35 @@ def _differ(plain: Any, saved: Any, name: str) -> bool:
 
 
 def _check_layers(adapted: Any, settings: LoraSettings, tied: set[str]) -> None:
-    """Adapters can be trained on linear layers alone; every pattern must be of one of these."""
-    from peft.utils.other import get_pattern_key
-
+    """Adapters can be trained on linear layers alone; every pattern must decide something of one of these."""
     config = adapted.peft_config["default"]
     layers = {name: adapted.base_model.model.get_submodule(name) for name in adapted.base_model.targeted_module_names}
     if others := [name for name, layer in layers.items() if not isinstance(layer.get_base_layer(), nn.Linear)]:
         raise UserError(f"model.lora.start_from: its target {others[0]} is no linear layer, which cannot be trained.")
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, key):
-            if not any(get_pattern_key([pattern], name) == pattern for name in layers):
-                raise UserError(
-                    f"model.lora.{key}: {pattern!r} is no name, or end of one, of a layer with an adapter, like "
-                    f"{next(iter(layers))}."
-                )
+        if settings.start_from is None:
+            _check_patterns(f"model.lora.{key}", list(getattr(config, key)), list(layers))
     if settings.changes_base:
         for name, layer in layers.items():
             if (rank := layer.r["default"]) > (most := min(layer.in_features, layer.out_features)):
                 raise UserError(f"model.lora.r: {rank} is more than {name}'s {most} singular values, which init takes.")
             if name in tied:
                 raise UserError(f"model.lora.init: {settings.init} changes {name}, which is tied to the embeddings.")
+
+
+def _check_patterns(key: str, patterns: list[str], layers: list[str]) -> None:
+    from peft.utils.other import get_pattern_key
+
+    decisive = {get_pattern_key(patterns, name) for name in layers}
+    for pattern in patterns:
+        if pattern in decisive:
+            continue
+        if any(get_pattern_key([pattern], name) == pattern for name in layers):
+            raise UserError(
+                f"{key}: {pattern!r} decides nothing: every layer that it matches is matched by one before it in "
+                "alphabetical order, in which peft reads them. Let that one match fewer layers."
+            )
+        raise UserError(f"{key}: {pattern!r} is no name, or end of one, of a layer with an adapter, like {layers[0]}.")
 
 
 def check_adapters(settings: LoraSettings, tensor_parallel_size: int, *, quantized: bool) -> None:

@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.errors import UserError
 from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.build import ModelSource, build_causal_lm
 from mft_lightning.model.export import ModelWriter, load_initial, load_state, trained_names
@@ -152,6 +153,33 @@ def test_it_opens_with_peft_over_the_base_on_the_disk(
     plain = logits(AutoModelForCausalLM.from_pretrained(base, dtype=held))
     assert (plain - trained).abs().max() > 2 * bound
     torch.testing.assert_close(logits(again.merge_and_unload()), trained, rtol=0, atol=bound)
+
+
+def test_of_two_patterns_that_match_a_layer_the_same_one_counts_in_training_and_in_the_file(
+    built: Callable[..., MFTModule], base: Path, tmp_path: Path
+) -> None:
+    """peft takes the first and saves them sorted: as they are written here, it could not open what it saved."""
+    patterns = {"rank_pattern": {"dense": 2, "0.attention.dense": 8}, "alpha_pattern": {"dense": 2, ".*1.*dense": 64.0}}
+    module = built(**patterns)
+    trained = logits(trained_a_little(module))
+    assert torch.equal(logits(reopened(saved(module, tmp_path), base)), trained)
+    assert module.network is not None
+    first = module.network.causal_lm.gpt_neox.layers[0].attention.dense
+    assert first.r["default"] == 8 and first.scaling["default"] == 2 / 8
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"alpha_pattern": {"dense": 2.0, "layers.0.attention.dense": 4.0}}, "'layers.0.attention.dense' decides not"),
+        ({"rank_pattern": {".*": 3, "dense": 5}}, "'dense' decides nothing"),
+        ({"target_modules": ["query_key_value", "nothing.dense"]}, r"\['nothing.dense'\] is none of the linear layers"),
+        ({"target_modules": ["layers.7.attention.dense"]}, "is none of the linear layers"),
+    ],
+)
+def test_what_would_be_of_no_effect_is_refused(lora: dict[str, Any], said: str, built: Callable[..., MFTModule]) -> None:
+    with pytest.raises(UserError, match=said):
+        built(complete=False, **lora)
 
 
 @pytest.mark.parametrize("kind", IN_THE_BASE)
