@@ -209,9 +209,13 @@ def make_network(
 def _stored(model: nn.Module, start_from: str) -> dict[str, Tensor]:
     """The values of another adapter of the same shape, by the model's names."""
     try:
-        return load_state(model, Path(start_from).expanduser())
+        state = load_state(model, Path(start_from).expanduser())
     except UserError as error:
         raise UserError(f"model.lora.start_from: {error}") from error
+    for name, value in state.items():
+        if not all(bool(end.isfinite()) for end in value.aminmax()):
+            raise UserError(f"model.lora.start_from: {start_from}: {name} is not finite; the weights are damaged.")
+    return state
 
 
 def build_causal_lm(source: ModelSource) -> PreTrainedModel:

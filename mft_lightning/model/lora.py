@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from copy import copy
 from dataclasses import fields
@@ -63,7 +64,9 @@ def add_lora(
     if settings.start_from is None:
         layers = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
         ends = sorted({name.rpartition(".")[2] for name in layers})
-        if unknown := [end for end in config.target_modules if not any(f".{name}".endswith(f".{end}") for name in layers)]:
+        if unknown := [
+            end for end in config.target_modules if not any(f".{name}".endswith(f".{end}") for name in layers)
+        ]:
             raise UserError(f"model.lora.target_modules: {unknown} is none of the linear layers {ends}.")
     targets = [] if isinstance(config.target_modules, str) else list(config.target_modules)
     whole = whole_modules(model, settings.modules_to_save, targets, new_tokens=new_tokens, grown=grown)
@@ -97,13 +100,11 @@ def adapter_config(settings: LoraSettings) -> LoraConfig:
     Raises:
         UserError: the adapter to start from cannot be read or trained, or contradicts another key.
     """
-    if settings.start_from is not None:
-        config = _continued(settings, settings.start_from)
-    else:
-        config = _new(settings)
+    start = settings.start_from
+    config = _new(settings) if start is None else _continued(settings, start)
     # of several that match a layer peft takes the first, and saves them in this order
-    config.rank_pattern = dict(sorted(config.rank_pattern.items()))
-    config.alpha_pattern = dict(sorted(config.alpha_pattern.items()))
+    config.rank_pattern = dict(sorted((config.rank_pattern or {}).items()))
+    config.alpha_pattern = dict(sorted((config.alpha_pattern or {}).items()))
     return config
 
 
@@ -131,11 +132,18 @@ def _continued(settings: LoraSettings, directory: str) -> LoraConfig:
     if not (Path(directory).expanduser() / "adapter_config.json").is_file():
         raise UserError(f"{key} holds no adapter. Give a directory with an adapter_config.json.")
     try:
-        saved: Any = PeftConfig.from_pretrained(str(Path(directory).expanduser()))
+        said = dict(json.loads((Path(directory).expanduser() / "adapter_config.json").read_text(encoding="utf-8")))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unexpected keyword arguments")  # which are refused below
+            saved: Any = PeftConfig.from_pretrained(str(Path(directory).expanduser()))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{key}: its adapter_config.json cannot be read ({first_line(error)}).") from error
     if not isinstance(saved, LoraConfig):
         raise UserError(f"{key} is an adapter of peft's {saved.peft_type}; only LoRA's can be trained.")
+    known = {field.name for field in fields(saved)}
+    if newer := sorted(name for name, value in said.items() if name not in known and value):
+        raise UserError(f"{key} has {', '.join(newer)}, which this version of peft does not know.")
+    _check_shape(key, saved)
     begun = str(saved.init_lora_weights).lower()
     if begun.startswith(IN_THE_BASE):
         raise UserError(
@@ -156,6 +164,19 @@ def _continued(settings: LoraSettings, directory: str) -> LoraConfig:
     config.lora_dropout, config.init_lora_weights, config.inference_mode = settings.dropout, True, False
     config.base_model_name_or_path, config.revision, config.task_type = None, None, "CAUSAL_LM"
     return config
+
+
+def _check_shape(key: str, saved: Any) -> None:
+    """Raise where what a saved configuration says of an adapter's shape is none."""
+    try:
+        targets = [] if saved.target_modules is None else list(saved.target_modules)
+        if not all(isinstance(name, str) for name in targets):
+            raise TypeError(f"target_modules: {targets} are no names")
+        LoraSettings(
+            r=saved.r, alpha=saved.lora_alpha, rank_pattern=saved.rank_pattern, alpha_pattern=saved.alpha_pattern
+        )
+    except (UserError, TypeError, AttributeError) as error:
+        raise UserError(f"{key}: its adapter_config.json cannot be used ({first_line(error)}).") from error
 
 
 def _differ(plain: Any, saved: Any, name: str) -> bool:

@@ -175,13 +175,22 @@ def test_starting_from_what_does_not_fit_is_refused(
     tensors = load_file(damaged / "adapter_model.safetensors")
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, damaged / "adapter_model.safetensors")
     assert "adapter_model.safetensors" in message(damaged)
+    (damaged / "checkpoint.json").unlink()  # which told it
+    first, *_ = sorted(tensors)
+    save_file({**tensors, first: tensors[first] * float("nan")}, damaged / "adapter_model.safetensors")
+    assert "is not finite; the weights are damaged" in message(damaged)
     config = json.loads((damaged / "adapter_config.json").read_text())
     for change, text in (
         ({"bias": "all", "modules_to_save": ["embed_in"]}, "has bias, modules_to_save, which cannot be trained"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"peft_type": "LOHA"}, "only LoRA's can be trained"),
         ({"target_modules": ["nothing"]}, "Target modules"),
-        ({"r": "four"}, "start_from"),
+        ({"r": "four"}, "cannot be used ("),
+        ({"lora_alpha": 0}, "cannot be used (model.lora.alpha: 0 is no number above 0"),
+        ({"target_modules": 5}, "cannot be used ("),
+        ({"rank_pattern": {"den(se": 2}}, "cannot be used (model.lora.rank_pattern: 'den(se' is no regular"),
+        ({"rank_pattern": [1]}, "cannot be used ("),
+        ({"of_tomorrow": True}, "has of_tomorrow, which this version of peft does not know"),
     ):
         (damaged / "adapter_config.json").write_text(json.dumps(config | change))
         assert text in message(damaged, *R_UNSET)

@@ -177,7 +177,9 @@ def test_of_two_patterns_that_match_a_layer_the_same_one_counts_in_training_and_
         ({"target_modules": ["layers.7.attention.dense"]}, "is none of the linear layers"),
     ],
 )
-def test_what_would_be_of_no_effect_is_refused(lora: dict[str, Any], said: str, built: Callable[..., MFTModule]) -> None:
+def test_what_would_be_of_no_effect_is_refused(
+    lora: dict[str, Any], said: str, built: Callable[..., MFTModule]
+) -> None:
     with pytest.raises(UserError, match=said):
         built(complete=False, **lora)
 
