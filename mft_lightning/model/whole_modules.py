@@ -47,6 +47,11 @@ def whole_modules(
             raise UserError(f"{KEY}: {name} gets an adapter (model.lora.target_modules). Name it in one of the two.")
         weights = {f"{path}.{key}" for path in found for key, _ in own[path].named_parameters()}
         if weights & {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}:
+        if not all(type(parameter) is nn.Parameter for path in found for parameter in own[path].parameters()):
+            raise UserError(
+                f"{KEY}: {name} is quantised (model.peft_type: qlora), and whole numbers do not train. Leave it out, "
+                "or give it an adapter (model.lora.target_modules)."
+            )
             remedy = "Leave it out"
             if asked is None:
                 remedy = "Set it to [], so that new tokens keep the rows they have"
