@@ -24,7 +24,7 @@ from mft_lightning.model.base import base_digest
 from mft_lightning.model.config_file import add_older_names
 from mft_lightning.model.lora import describe_adapter
 from mft_lightning.model.lora_start import changes_base, over_whole_base, split_initial, with_initial
-from mft_lightning.model.weight_files import MODEL_SHARDS, UNREADABLE, ShardFiles, open_adapter
+from mft_lightning.model.weight_files import UNREADABLE, open_adapter
 from mft_lightning.model.weights import sketch
 
 if TYPE_CHECKING:
@@ -230,8 +230,7 @@ def _live_tensors(model: PeftModel, directory: Path) -> dict[str, Tensor]:
 
 
 def _adapter_tensors(directory: Path) -> dict[str, Tensor]:
-    shards = directory / MODEL_SHARDS
-    files = ShardFiles(shards) if shards.is_dir() else open_adapter(directory)
+    files = open_adapter(directory)
     return {name: files.read(name) for name in files.names()}
 
 

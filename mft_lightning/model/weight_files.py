@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol, cast
 from zipfile import is_zipfile
@@ -34,17 +35,24 @@ class TensorFiles(Protocol):
     def read(self, name: str) -> Tensor: ...
 
 
+REPEATED = (".modules_to_save.", ".original_module.")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")  # peft's, the second of versions before 0.5
 
 
 def open_adapter(directory: Path) -> TensorFiles:
-    """The tensors of a saved adapter, by peft's names.
+    """The tensors of a saved adapter, or of a sharded checkpoint of one, by peft's names.
 
     Raises:
         one of ``UNREADABLE``: there are none, or they are damaged.
     """
+    if (shards := directory / MODEL_SHARDS).is_dir():
+        return ShardFiles(shards)
     found = [directory / name for name in ADAPTER_FILES if (directory / name).is_file()]
-    return WholeFiles(found[:1] or [directory / ADAPTER_FILES[0]])
+    files = WholeFiles(found[:1] or [directory / ADAPTER_FILES[0]])
+    # peft (0.21) saves embeddings that trained whole and had grown again by the names that they had within its model
+    names = set(files.names())
+    files.leave_out({name for name in names for part in REPEATED if part in name and name.replace(part, ".") in names})
+    return files
 
 
 def open_weights(path: str) -> TensorFiles:
@@ -77,6 +85,11 @@ class WholeFiles:
                         self._mapped[name] = file, tuple(opened.get_slice(name).get_shape())
             else:
                 self._loaded |= _loaded(file)
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Have no tensors of these names any more."""
+        self._mapped = {name: place for name, place in self._mapped.items() if name not in names}
+        self._loaded = {name: tensor for name, tensor in self._loaded.items() if name not in names}
 
     def names(self) -> list[str]:
         return [*self._mapped, *self._loaded]

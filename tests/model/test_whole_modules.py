@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,6 +20,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.build import Built, ModelSource, make_network
 from mft_lightning.model.export import ModelWriter, describe, load_state, trained_names
+from mft_lightning.model.merging import MergedWeights, read_base
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.optim import matrix_names
 from mft_lightning.model.settings import LoraSettings
@@ -147,6 +149,35 @@ def test_a_sketch_comes_to_the_same_and_names_the_same_base(stored: Path, init: 
     said = describe(model, sketched.network.causal_lm, whole.base)["model.lora"]
     named = "embed_in, lm_head" if added else "final_layer_norm, lm_head"
     assert said == f"r 4, alpha 32, on dense, query_key_value, whole: {named}"
+
+
+@pytest.fixture(scope="module")
+def grown(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with embeddings and head for new tokens, 576 rows of them, whose values are no base's."""
+    directory = tmp_path_factory.mktemp("grown")
+    base: Any = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float64)
+    base.resize_token_embeddings(576)
+    config = LoraConfig(r=4, target_modules=TARGETS, modules_to_save=BOTH, task_type="CAUSAL_LM")
+    theirs: Any = get_peft_model(base, config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for parameter in (p for p in theirs.parameters() if p.requires_grad):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.05)
+    theirs.save_pretrained(directory)
+    return directory
+
+
+def test_what_peft_saves_twice_is_merged_as_peft_merges_it(stored: Path, grown: Path) -> None:
+    """Embeddings that grew, and train whole: by three names each, of which two are within peft's model."""
+    names = load_file(grown / "adapter_model.safetensors").keys()
+    assert "base_model.model.lm_head.modules_to_save.weight" in names
+    assert "base_model.model.gpt_neox.embed_in.original_module.weight" in names
+    base = read_base(str(stored), torch.float64, "base")
+    ours = MergedWeights(grown, base, torch.float64, torch.device("cpu"), "adapter")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float64)
+    theirs.resize_token_embeddings(576)
+    merged = PeftModel.from_pretrained(theirs, str(grown), autocast_adapter_dtype=False).merge_and_unload()
+    assert len(ours) == len(merged.state_dict())
+    assert all(torch.equal(value, ours[name]) for name, value in merged.state_dict().items())
 
 
 def test_what_is_written_is_read_again_and_the_files_name_no_original(stored: Path, tmp_path: Path) -> None:
