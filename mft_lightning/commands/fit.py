@@ -84,7 +84,11 @@ def _fit(config: RunConfig) -> None:
     check_balancing(module, datamodule)
     module.build(datamodule, random_base=str(config.output_dir / "base"), sketched=config.sharded)
     checkpoint_io = HFCheckpointIO(module)
-    notes = _load(checkpoint_io, resumed.path, config) if resumed is not None else check_start(module)
+    notes = (
+        _load(checkpoint_io, resumed.path, config)
+        if resumed is not None
+        else check_start(module, datamodule.role_tokens)
+    )
     total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])
     if resumed is not None and resumed.step >= total_steps:
         if ranks.is_first():

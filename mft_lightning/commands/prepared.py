@@ -36,7 +36,7 @@ def build_for(config: RunConfig, checkpoint: CheckpointInfo | None) -> HFCheckpo
     module.build(config.datamodule, random_base=str(config.output_dir / "base"), sketched=config.sharded)
     checkpoint_io = HFCheckpointIO(module)
     if checkpoint is None:
-        say(*check_start(module))
+        say(*check_start(module, config.datamodule.role_tokens))
     else:
         check_same_run(checkpoint.path, {"data.role_tokens": config.datamodule.role_tokens})
         checkpoint_io.preload(checkpoint.path)

@@ -9,6 +9,7 @@ from typing import Any
 from mft_lightning.errors import UserError
 from mft_lightning.model.build import adapter_base
 from mft_lightning.model.module import MFTModule
+from mft_lightning.model.quantized import described
 from mft_lightning.screen import shown
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
 
@@ -41,11 +42,16 @@ def check_same_run(directory: Path, now: dict[str, Any], may_change: Collection[
     return list(said.values())
 
 
-def check_start(module: MFTModule) -> list[str]:
+def check_start(module: MFTModule, role_tokens: str) -> list[str]:
     """Refuse an adapter to start from that was trained on another base than the one that is built.
 
+    Args:
+        module: built.
+        role_tokens: ``data.role_tokens``.
+
     Returns:
-        What to say where that cannot be known: the adapter does not tell, or held its base in another dtype.
+        What to say where that cannot be known: the adapter does not tell, or held its base in another dtype. And what
+        it was trained with otherwise: role tokens, bits of the base.
 
     Raises:
         UserError: it was, or its files are not as they were written.
@@ -54,15 +60,20 @@ def check_start(module: MFTModule) -> list[str]:
     if module.lora.start_from is None or module.built.start is None or module.built.start.stored is None:
         return []
     directory, held = Path(module.lora.start_from).expanduser(), next(iter(module.built.start.stored.values())).dtype
-    key, trained_on = "frozen base (digest)", None
+    key, trained_on, notes = "frozen base (digest)", None, []
     if (directory / METADATA).is_file():
         verify_weights(directory)
-        trained_on = read_metadata(directory)["fingerprint"].get(key)
+        saved = {**UNSAID, **read_metadata(directory)["fingerprint"]}
+        trained_on = saved.get(key)
+        now = {"data.role_tokens": role_tokens, **described(module.quantization)}
+        other = [f"{name} {saved.get(name)}, here {now[name]}" for name in now if saved.get(name) != now[name]]
+        notes = [f"note: the adapter in {shown(directory)} was trained with {'; '.join(other)}."] if other else []
     if trained_on is None or held != module.source.dtype:
         why = "it does not tell" if trained_on is None else f"it was trained in {str(held).removeprefix('torch.')}"
         return [
+            *notes,
             f"note: whether the adapter in {shown(directory)} was trained on this base is not known ({why}); it names "
-            f"{adapter_base(directory)}."
+            f"{adapter_base(directory)}.",
         ]
     if trained_on != module.description[key]:
         raise UserError(
@@ -70,7 +81,7 @@ def check_start(module: MFTModule) -> list[str]:
             f"{module.description[key]}). Give the base that it names, {adapter_base(directory)}, as "
             "model.pretrained_model_path with model.init: pretrained."
         )
-    return []
+    return notes
 
 
 def changed_layout(directory: Path, processes: int, sharing: int) -> list[str]:
