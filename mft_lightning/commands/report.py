@@ -87,6 +87,7 @@ def whole_line(module: MFTModule, datamodule: MFTDataModule) -> list[tuple[str, 
     if names:
         grown = module.built is not None and module.built.base_rows is not None
         why = "model.lora.modules_to_save" if module.lora.modules_to_save is not None else "for new tokens"
+        why = "model.lora.start_from" if module.lora.start_from is not None else why
         lines = [("whole", f"{', '.join(names)} ({why}{', and rows for them' if grown else ''})")]
     if datamodule.new_tokens and not are_embeddings_whole(module.network.causal_lm, names):
         said = f"the model has never seen {len(datamodule.new_tokens)} of its tokens, and their rows do not all train"

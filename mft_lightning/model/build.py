@@ -8,7 +8,7 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from mft_lightning import ranks
 from mft_lightning.data.tokenizer import contradictory
 from mft_lightning.errors import UserError, first_line
-from mft_lightning.model.adapters import has_adapters
+from mft_lightning.model.adapters import COPY, has_adapters
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
 from mft_lightning.model.base import base_state
 from mft_lightning.model.export import load_state
@@ -48,6 +48,7 @@ from mft_lightning.model.weights import (
     sketch,
     without_layers,
 )
+from mft_lightning.model.whole_modules import count_rows, find_room
 
 FEW_TOKENS = 64  # of a small model that is tried out
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -171,10 +172,10 @@ def make_network(
         # Of a frozen base the digest reads everything; and what the first rank finds whole the others read.
         if isinstance(weights, StoredWeights) and not frozen and ranks.is_first():
             weights.check()
-        rows, grown = count_rows(model), needs_rows(model, tokenizer)
-        if grown:
-            weights = GrownWeights(weights, len(tokenizer), pad_vocab_to_multiple_of, source.seed)
-            model.resize_token_embeddings(len(tokenizer), pad_vocab_to_multiple_of, mean_resizing=False)
+        rows, room = count_rows(model), find_room(model, len(tokenizer), pad_vocab_to_multiple_of, adapters)
+        if room is not None:
+            weights = GrownWeights(weights, *room, source.seed)
+            model.resize_token_embeddings(*room, mean_resizing=False)
         small = _small(model)
         check_assumptions(SupervisedLM(small, objective), packed=packed)
         nn.Module.to(small, "meta")  # or its memory stays until cycles are looked for
@@ -182,27 +183,30 @@ def make_network(
             quantize(model, quantization)
     else:
         model = build_causal_lm(source)
-        rows, grown = count_rows(model), needs_rows(model, tokenizer)
-        if grown:
-            grow_embeddings(model, len(tokenizer), pad_vocab_to_multiple_of, source.seed)
+        rows, room = count_rows(model), find_room(model, len(tokenizer), pad_vocab_to_multiple_of, adapters)
+        if room is not None:
+            grow_embeddings(model, *room, source.seed)
         check_assumptions(SupervisedLM(model, objective), packed=packed)
     name_special_tokens(model, tokenizer)
     if checkpoint_activations:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if adapters is None:
         return Built(SupervisedLM(model, objective), weights, None)
-    base_path = saved_path(random_base if source.init == "random" else source.path)
+    grown, base_path = room is not None, saved_path(random_base if source.init == "random" else source.path)
     adapted = add_lora(model, adapters, base_path=base_path, new_tokens=new_tokens, grown=grown)
-    stored = _stored(adapted, adapters.start_from) if adapters.start_from is not None else None
-    start = LoraStart(adapters.init, source.seed, stored)
+    start = LoraStart(adapters.init, source.seed)
+    if adapters.start_from is not None:
+        stored = _stored(adapted, adapters.start_from)
+        start.copies = {name: value for name, value in stored.items() if COPY in name}
+        start.stored = {name: value for name, value in stored.items() if COPY not in name}
     network = SupervisedLM(adapted, objective)
     base_rows = rows if grown and source.init == "pretrained" else None  # a random base is written as it grew
     if sketched:
         return Built(network, weights, start, base_rows)
-    if not start.changes_base:
-        start.fill(model)
     if weights is not None:
         materialise_quantized(model, weights)
+    if not start.changes_base:
+        start.fill(model)
     return Built(network, None, start, base_rows, unquantized=weights)
 
 
@@ -280,16 +284,6 @@ def _small(model: PreTrainedModel) -> PreTrainedModel:
     small = sketch(config, torch.float32)
     materialise(small, DrawnWeights(deepcopy(small), torch.float32, 0))
     return small
-
-
-def count_rows(model: PreTrainedModel) -> int:
-    """A model's embeddings."""
-    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
-
-
-def needs_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer has more tokens than the model has embeddings."""
-    return len(tokenizer) > count_rows(model)
 
 
 def name_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

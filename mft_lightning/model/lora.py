@@ -30,6 +30,7 @@ SHAPE = {
     "use_dora": "use_dora",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
+    "modules_to_save": "modules_to_save",
 }
 # what else of a saved adapter's configuration chooses its layers, which peft does
 CHOICE = ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -69,8 +70,7 @@ def add_lora(
         ]:
             raise UserError(f"model.lora.target_modules: {unknown} is none of the linear layers {ends}.")
     targets = [] if isinstance(config.target_modules, str) else list(config.target_modules)
-    whole = whole_modules(model, settings.modules_to_save, targets, new_tokens=new_tokens, grown=grown)
-    config.modules_to_save = whole or None
+    config.modules_to_save = _whole(model, settings, config, targets, new_tokens=new_tokens, grown=grown) or None
     tied = {name.removesuffix(".weight") for name in model.all_tied_weights_keys}
     model.name_or_path = base_path  # what peft writes into the adapter's configuration
     try:
@@ -87,6 +87,25 @@ def add_lora(
             for matrix in factors(layer):
                 matrix.to(model.dtype)
     return cast("PeftModel", adapted.train())
+
+
+def _whole(
+    model: PreTrainedModel, settings: LoraSettings, config: Any, targets: list[str], *, new_tokens: int, grown: bool
+) -> list[str]:
+    """The modules that train whole: those of another adapter, where there is one to start from."""
+    if settings.start_from is None:
+        return whole_modules(model, settings.modules_to_save, targets, new_tokens=new_tokens, grown=grown)
+    try:
+        return whole_modules(model, config.modules_to_save or [], targets, new_tokens=new_tokens, grown=grown)
+    except UserError as error:
+        raise UserError(f"model.lora.start_from: {settings.start_from} cannot be trained here: {error}") from error
+
+
+def modules_to_save(settings: LoraSettings) -> list[str]:
+    """The modules that are said to train whole, by the settings or by the adapter to start from."""
+    if settings.start_from is None:
+        return settings.modules_to_save or []
+    return list(adapter_config(settings).modules_to_save or [])
 
 
 def factors(layer: Any) -> list[Any]:
@@ -130,9 +149,12 @@ def _continued(settings: LoraSettings, directory: str) -> LoraConfig:
 
     key = f"model.lora.start_from: {directory}"
     if not (Path(directory).expanduser() / "adapter_config.json").is_file():
-        raise UserError(f"{key} holds no adapter. Give a directory with an adapter_config.json.")
+        raise UserError(
+            f"{key} holds no adapter. Give a directory with an adapter_config.json. Where it is gone, and the "
+            "run goes on, a checkpoint of the run has the same shape: give that."
+        )
     try:
-        said = dict(json.loads((Path(directory).expanduser() / "adapter_config.json").read_text(encoding="utf-8")))
+        written = dict(json.loads((Path(directory).expanduser() / "adapter_config.json").read_text(encoding="utf-8")))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unexpected keyword arguments")  # which are refused below
             saved: Any = PeftConfig.from_pretrained(str(Path(directory).expanduser()))
@@ -141,7 +163,7 @@ def _continued(settings: LoraSettings, directory: str) -> LoraConfig:
     if not isinstance(saved, LoraConfig):
         raise UserError(f"{key} is an adapter of peft's {saved.peft_type}; only LoRA's can be trained.")
     known = {field.name for field in fields(saved)}
-    if newer := sorted(name for name, value in said.items() if name not in known and value):
+    if newer := sorted(name for name, value in written.items() if name not in known and value):
         raise UserError(f"{key} has {', '.join(newer)}, which this version of peft does not know.")
     _check_shape(key, saved)
     begun = str(saved.init_lora_weights).lower()
@@ -157,7 +179,7 @@ def _continued(settings: LoraSettings, directory: str) -> LoraConfig:
     config, unset = copy(saved), LoraSettings()
     for name, theirs in SHAPE.items():
         ours, kept = getattr(settings, name), getattr(config, theirs)
-        same = set(ours) == set(kept) if name == "target_modules" and ours is not None else ours == kept
+        same = set(ours) == set(kept or []) if isinstance(ours, list) else ours == kept
         if ours != getattr(unset, name) and not same:
             said = sorted(kept) if isinstance(kept, set) else kept
             raise UserError(f"model.lora.{name}: is {ours}, but {said} in {directory}. Leave it out.")
@@ -169,9 +191,9 @@ def _continued(settings: LoraSettings, directory: str) -> LoraConfig:
 def _check_shape(key: str, saved: Any) -> None:
     """Raise where what a saved configuration says of an adapter's shape is none."""
     try:
-        targets = [] if saved.target_modules is None else list(saved.target_modules)
-        if not all(isinstance(name, str) for name in targets):
-            raise TypeError(f"target_modules: {targets} are no names")
+        for key_of_names in ("target_modules", "modules_to_save"):
+            if not all(isinstance(name, str) for name in getattr(saved, key_of_names) or []):
+                raise TypeError(f"{key_of_names} has what is no name")
         LoraSettings(
             r=saved.r, alpha=saved.lora_alpha, rank_pattern=saved.rank_pattern, alpha_pattern=saved.alpha_pattern
         )

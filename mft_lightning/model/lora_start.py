@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class LoraStart:
         init: ``model.lora.init``.
         seed: of what is drawn.
         stored: the values of another adapter, by the live model's names; None where there is none to start from.
+        copies: the values that it has of modules that train whole, by the live model's names, until they are given.
         initial: the factors that an adapter began with and the base is without, by the live model's names. A checkpoint
             that a run goes on from puts its own here before adapters are filled; else the first rank does then.
     """
@@ -39,6 +40,7 @@ class LoraStart:
     init: str
     seed: int
     stored: Mapping[str, Tensor] | None = None
+    copies: dict[str, Tensor] = field(default_factory=dict)
     initial: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -46,21 +48,26 @@ class LoraStart:
         return self.init != "default"
 
     def fill(self, model: PreTrainedModel, within: nn.Module | None = None) -> None:
-        """Give adapters that are on the meta device their values, in the dtype of the base.
+        """Give adapters that are on the meta device their values, in the dtype of the base, and copies another's.
 
         What is drawn depends on the seed and the layer's name, and is made in float32, then rounded. What decomposes
         the base's weights is made by the first rank for all, since LAPACK's last bits depend on the processor. All
         ranks must ask, in the same order.
 
         Args:
-            model: the base with its adapters; of an adapter that is filled, the base's own weights are there.
+            model: the base with its adapters; of what is filled, the base's own weights are there.
             within: the part of it; all if left out.
         """
         wanted = set((model if within is None else within).modules())
         dtype = model.dtype
         for name, layer in model.named_modules():
-            if layer in wanted and hasattr(layer, "reset_lora_parameters") and factors(layer)[0].weight.is_meta:
+            if layer not in wanted:
+                continue
+            if hasattr(layer, "reset_lora_parameters") and factors(layer)[0].weight.is_meta:
                 self._fill(name, layer, dtype)
+            for key, parameter in layer._parameters.items():
+                if (value := self.copies.pop(f"{BASE}{name}.{key}", None)) is not None:
+                    cast(Tensor, parameter).data.copy_(value)
 
     def _fill(self, name: str, layer: Any, dtype: torch.dtype) -> None:
         pair = factors(layer)

@@ -21,7 +21,7 @@ from mft_lightning.model.build import Attention, Built, ModelSource, load_config
 from mft_lightning.model.export import describe, trained_names
 from mft_lightning.model.generation import Answer, GenerationSettings, answer_on_ranks
 from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
-from mft_lightning.model.lora import check_adapters
+from mft_lightning.model.lora import check_adapters, modules_to_save
 from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.optim import (
@@ -196,7 +196,7 @@ class MFTModule(L.LightningModule):
     def check(self, datamodule: MFTDataModule, tensor_parallel_size: int = 1) -> None:
         """Raise what can be known without loading weights or data."""
         config = load_config(self.source.path, self.source.model_type, self.source.trust_remote_code)
-        check_tensor_parallel(config, tensor_parallel_size, self.lora.modules_to_save or [])
+        check_tensor_parallel(config, tensor_parallel_size, modules_to_save(self.lora))
         if self.peft_type is not None:
             check_adapters(self.lora, tensor_parallel_size, quantized=self.quantization is not None)
         if self.quantization is not None:

@@ -27,11 +27,13 @@ class LoraSettings:
         init: how adapters start: "default" (they change nothing), or with a part of the base's matrices, which the base
             is then without: "pissa" (the largest singular values), "pissa_niter_16" (the same, found faster in so many
             iterations), "olora" (the first rows of a QR decomposition).
-        rank_pattern: ranks of layers that have another, by the end of their name or a regular expression for it.
+        rank_pattern: ranks of layers that have another, by the end of their name or a regular expression for it. Of
+            several that match, the first in alphabetical order.
         alpha_pattern: the same for alpha.
         loraplus_lr_ratio: LoRA+: how many times the learning rate of an adapter's first factor its second one has.
         start_from: directory of an adapter, a checkpoint or any of peft's, from whose weights a new run starts. What it
-            says of its shape (r, alpha, target_modules, use_rslora, use_dora, the patterns) holds for the run.
+            says of its shape (r, alpha, target_modules, modules_to_save, use_rslora, use_dora, the patterns) holds for
+            the run.
     """
 
     r: int = 96

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.model.tensor_parallel import narrow_head, narrow_layer
 from mft_lightning.model.weights import sketch
+from mft_lightning.model.whole_modules import find_room
 
 Sharing = Literal["one device", "ddp", "fsdp"]
 
@@ -97,15 +97,15 @@ def meta_network(
     config = load_config(source.path, source.model_type, source.trust_remote_code)
     if config.model_type != "gpt_neox":
         raise UserError(f"model.model_type: what a {config.model_type} needs is not known; only a gpt_neox's is.")
-    if grown := tokens > config.vocab_size:
-        step = multiple_of or 1
-        config.vocab_size = math.ceil(tokens / step) * step
     model = sketch(config, source.dtype, **model_options(source, config))
+    room = find_room(model, tokens, multiple_of, adapters)
+    if room is not None:
+        model.resize_token_embeddings(*room, mean_resizing=False)
     if quantization is not None:
         quantize(model, quantization)
     if adapters is None:
         return SupervisedLM(model)
-    adapted: Any = add_lora(model, adapters, base_path=source.path, new_tokens=new_tokens, grown=grown)
+    adapted: Any = add_lora(model, adapters, base_path=source.path, new_tokens=new_tokens, grown=room is not None)
     network = SupervisedLM(adapted)
     if adapted.peft_config["default"].use_dora:
         raise UserError("model.lora.use_dora: what it needs is not known. Leave it out for the least that it can be.")

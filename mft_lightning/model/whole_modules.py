@@ -6,13 +6,15 @@ peft leaves such a module as it is, frozen, and trains a copy in its place, whic
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from mft_lightning.errors import UserError
-from mft_lightning.model.weight_files import TensorFiles
+from mft_lightning.errors import UserError, first_line
+from mft_lightning.model.settings import LoraSettings
+from mft_lightning.model.weight_files import UNREADABLE, TensorFiles, open_adapter
 
 KEY = "model.lora.modules_to_save"
 IN_FILES = "base_model.model."  # before the base's names within peft's wrapper
@@ -45,13 +47,13 @@ def whole_modules(
             raise UserError(f"{KEY}: {name!r} is none of the layers {', '.join(known)}.")
         if any(f".{path}".endswith(f".{target}") for path in found for target in targets):
             raise UserError(f"{KEY}: {name} gets an adapter (model.lora.target_modules). Name it in one of the two.")
-        weights = {f"{path}.{key}" for path in found for key, _ in own[path].named_parameters()}
-        if weights & {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}:
         if not all(type(parameter) is nn.Parameter for path in found for parameter in own[path].parameters()):
             raise UserError(
                 f"{KEY}: {name} is quantised (model.peft_type: qlora), and whole numbers do not train. Leave it out, "
                 "or give it an adapter (model.lora.target_modules)."
             )
+        weights = {f"{path}.{key}" for path in found for key, _ in own[path].named_parameters()}
+        if weights & {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}:
             remedy = "Leave it out"
             if asked is None:
                 remedy = "Set it to [], so that new tokens keep the rows they have"
@@ -94,8 +96,55 @@ def make_room(model: PreTrainedModel, adapter: TensorFiles) -> None:
         model: the base without adapters, or a sketch of it.
         adapter: the tensors that peft saved.
     """
+    for rows in rows_held(model, adapter) - {count_rows(model)}:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def rows_held(model: PreTrainedModel, adapter: TensorFiles) -> set[int]:
+    """How many rows embeddings and head have in an adapter; none where it does not hold them.
+
+    Args:
+        model: the base without adapters, or a sketch of it.
+        adapter: the tensors that peft saved.
+    """
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     paths = [IN_FILES + name for name, module in model.named_modules() if module in ends]
     held = {f"{path}{inner}.weight" for path in paths for inner in ("", ".base_layer")} & set(adapter.names())
-    for rows in {adapter.shape(place)[0] for place in held} - {cast(Any, ends[0]).num_embeddings}:
-        model.resize_token_embeddings(rows, mean_resizing=False)
+    return {adapter.shape(place)[0] for place in held}
+
+
+def count_rows(model: PreTrainedModel) -> int:
+    """A model's embeddings."""
+    return cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+
+
+def find_room(
+    model: PreTrainedModel, tokens: int, multiple_of: int | None, adapters: LoraSettings | None
+) -> tuple[int, int | None] | None:
+    """How many rows embeddings must get, and the number of which there are to be a multiple; None where they have them.
+
+    Args:
+        model: the base without adapters, or a sketch of it.
+        tokens: of the tokenizer.
+        multiple_of: of rows, where there must be more.
+        adapters: of which one to start from may have rows for tokens: as many as it has there are to be.
+
+    Raises:
+        UserError: it has too few, or cannot be read.
+    """
+    start = None if adapters is None else adapters.start_from
+    held: set[int] = set()
+    if start is not None:
+        try:
+            held = rows_held(model, open_adapter(Path(start).expanduser()))
+        except UNREADABLE as error:
+            raise UserError(f"model.lora.start_from: {start}: cannot be read ({first_line(error)}).") from error
+    rows = max(held, default=count_rows(model))
+    if start is not None and rows < tokens:
+        raise UserError(
+            f"model.lora.start_from: {start} has no rows for the tokenizer's {tokens} tokens, but for {rows}. Take the "
+            "tokenizer that it was trained with; or merge it, and train another adapter of the merged model."
+        )
+    if rows > count_rows(model):
+        return rows, None
+    return (tokens, multiple_of) if tokens > count_rows(model) else None

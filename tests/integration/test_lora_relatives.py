@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "patterns": (*PATTERNS, "--model.lora.alpha_pattern", '{"mlp.dense_h_to_4h": 2.5}'),
 }
 TENSOR_PARALLEL = ("--trainer.strategy", "fsdp", "--trainer.devices", "2", "--parallel.tensor_parallel_size", "2")
+ADDED = ("--data.role_tokens", "added")
 R_UNSET = ("--model.lora.r", "96")
 STILL = ("--trainer.max_steps", "1", "--model.learning_rate", "1e-30", "--model.min_lr", "0")
 TARGETS = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -156,6 +157,34 @@ def test_a_run_starts_from_an_adapter_that_peft_alone_made(
     assert all(torch.equal(ours[name], saved[name]) for name in ours)
 
 
+@pytest.mark.parametrize("kind", ["pissa", "use_dora"])
+def test_a_run_starts_from_an_adapter_with_copies(
+    kind: str, fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Embeddings and head with rows for new tokens: the source's to the bit, then they train, resume and merge."""
+    common = (*STEPS, *SAVED, *ADDED, "--trainer.max_steps", "2", "--checkpoint.checkpointing_steps", "1")
+    source = fit(tmp_path / "source", *common, *KINDS[kind], config="lora.yaml") / "step-00000002"
+    words = (*common, *R_UNSET, "--model.lora.start_from", str(source))
+    capsys.readouterr()
+    whole = fit(tmp_path / "whole", *words, config="lora.yaml")
+    assert "whole       embed_in, lm_head (model.lora.start_from)\n" in capsys.readouterr().out
+    still = fit(tmp_path / "still", *words, *STILL, config="lora.yaml")
+    assert same_weights(still / "step-00000001", source)
+    part = fit(tmp_path / "part", *words, "--ckpt_path", str(whole / "step-00000001"), config="lora.yaml")
+    assert same_weights(part / "step-00000002", whole / "step-00000002")
+    assert apart(weights(whole / "step-00000002"), weights(source)) > 1e-3
+
+    merged = tmp_path / "merged"
+    assert main(["merge", "--adapter", str(whole / "step-00000002"), "--output", str(merged)]) == 0
+    base = AutoModelForCausalLM.from_pretrained(whole / "base")
+    theirs: Any = PeftModel.from_pretrained(base, whole / "step-00000002").merge_and_unload()
+    ours = AutoModelForCausalLM.from_pretrained(merged)
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+    fit(tmp_path / "text", *words, "--data.role_tokens", "text", *STILL, config="lora.yaml")
+    assert "was trained with data.role_tokens added, here text" in capsys.readouterr().out
+
+
 def test_starting_from_what_does_not_fit_is_refused(
     trained: Callable[[str], Path], refused: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -181,7 +210,7 @@ def test_starting_from_what_does_not_fit_is_refused(
     assert "is not finite; the weights are damaged" in message(damaged)
     config = json.loads((damaged / "adapter_config.json").read_text())
     for change, text in (
-        ({"bias": "all", "modules_to_save": ["embed_in"]}, "has bias, modules_to_save, which cannot be trained"),
+        ({"bias": "all", "trainable_token_indices": [1]}, "has bias, trainable_token_indices, which cannot be trained"),
         ({"init_lora_weights": "pissa"}, "path_initial_model_for_weight_conversion"),
         ({"peft_type": "LOHA"}, "only LoRA's can be trained"),
         ({"target_modules": ["nothing"]}, "Target modules"),

@@ -13,11 +13,12 @@ from transformers import BertConfig, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXF
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.base import base_state
-from mft_lightning.model.build import ModelSource, build_causal_lm, count_parameters, name_special_tokens, needs_rows
+from mft_lightning.model.build import ModelSource, build_causal_lm, count_parameters, name_special_tokens
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.seeding import seeded
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.weights import grow_embeddings
+from mft_lightning.model.whole_modules import find_room
 
 
 def source(path: Path, init: str = "pretrained", dtype: torch.dtype = torch.float32, seed: int = 42) -> ModelSource:
@@ -103,12 +104,13 @@ def test_embeddings_grow_only_where_the_tokenizer_needs_it(tiny_model: Path, exa
     tokenizer = MFTDataModule(data_paths=example_tasks, tokenizer_path=str(tiny_model)).tokenizer
     model = build_causal_lm(source(tiny_model, "random"))
     name_special_tokens(model, tokenizer)
-    assert not needs_rows(model, tokenizer)
+    assert find_room(model, len(tokenizer), 64, None) is None
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
     tokenizer.add_tokens(["<|new|>"])
-    assert needs_rows(model, tokenizer)
-    grow_embeddings(model, len(tokenizer), 64, seed=0)
+    room = find_room(model, len(tokenizer), 64, None)
+    assert room is not None
+    grow_embeddings(model, *room, seed=0)
     assert model.get_input_embeddings().num_embeddings == 576
 
 

@@ -30,9 +30,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "pissa_niter_4": {"init": "pissa_niter_4"},
     "olora": {"init": "olora"},
     "patterns": PATTERNS,
+    "dora and copies": {"use_dora": True, "modules_to_save": ["embed_in", "final_layer_norm"]},
+    "pissa and copies": {"init": "pissa", "modules_to_save": ["final_layer_norm", "lm_head"]},
     "all at once": {"use_rslora": True, "use_dora": True, "init": "pissa", **PATTERNS},
 }
-IN_THE_BASE = ("pissa", "pissa_niter_4", "olora", "all at once")
+IN_THE_BASE = ("pissa", "pissa and copies", "pissa_niter_4", "olora", "all at once")
 
 
 @pytest.fixture(scope="module")

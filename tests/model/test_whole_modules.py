@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -178,6 +178,60 @@ def test_what_peft_saves_twice_is_merged_as_peft_merges_it(stored: Path, grown: 
     merged = PeftModel.from_pretrained(theirs, str(grown), autocast_adapter_dtype=False).merge_and_unload()
     assert len(ours) == len(merged.state_dict())
     assert all(torch.equal(value, ours[name]) for name, value in merged.state_dict().items())
+
+
+@pytest.mark.parametrize("sketched", [False, True])
+def test_copies_start_from_those_of_another_adapter(stored: Path, grown: Path, sketched: bool) -> None:
+    """As many rows as it has, whatever the tokenizer needs; over a base that is still told as it is on the disk."""
+    made = built(stored, added=True, sketched=sketched, r=96, start_from=str(grown), target_modules=None)
+    theirs = AutoModelForCausalLM.from_pretrained(stored, dtype=torch.float64)
+    assert base_digest(made.base) == base_digest(base_state(theirs))
+    for layer in made.network.causal_lm.gpt_neox.layers if sketched else ():
+        made.complete(layer)  # as a sharding strategy does
+    made.complete()
+    model: Any = made.network.model
+    theirs.resize_token_embeddings(576)
+    adapted: Any = PeftModel.from_pretrained(theirs, str(grown), is_trainable=True, autocast_adapter_dtype=False)
+    names = trained_names(model)
+    assert names == {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert all(torch.equal(model.state_dict()[name], adapted.state_dict()[name]) for name in names)
+    copied = model.get_output_embeddings().weight.detach().clone()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.add_(1.0)
+    made.complete()  # again, which leaves alone what trains
+    assert torch.equal(model.get_output_embeddings().weight, copied + 1.0)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.copy_(copied)
+        ids = batch().input_ids
+        torch.testing.assert_close(model.eval()(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits)
+
+
+def test_copies_of_another_adapter_that_do_not_fit_are_refused(stored: Path, grown: Path, tmp_path: Path) -> None:
+    def message(directory: Path, **lora: Any) -> str:
+        with pytest.raises(UserError) as raised:
+            built(stored, added=True, sketched=True, r=96, target_modules=None, start_from=str(directory), **lora)
+        return str(raised.value)
+
+    assert "modules_to_save: is ['lm_head'], but ['embed_in', 'lm_head'] in" in message(
+        grown, modules_to_save=["lm_head"]
+    )
+    assert "modules_to_save: is [], but" in message(grown, modules_to_save=[])
+    shutil.copytree(grown, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for change, said in (
+        ({"modules_to_save": ["mlp"]}, "cannot be trained here: model.lora.modules_to_save: 'mlp' is none of"),
+        ({"modules_to_save": ["embed_in"]}, "leaves out lm_head"),
+        ({"modules_to_save": 3}, "cannot be used ("),
+        ({"modules_to_save": [*BOTH, "final_layer_norm"]}, "holds other weights than this run's model (2 differ"),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+        assert said in message(tmp_path)
+    config["modules_to_save"] = None
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    held = {name: value for name, value in held.items() if "lora_" in name}
+    save_file(held, tmp_path / "adapter_model.safetensors")
+    assert "has no rows for the tokenizer's 515 tokens, but for 512" in message(tmp_path)
 
 
 def test_what_is_written_is_read_again_and_the_files_name_no_original(stored: Path, tmp_path: Path) -> None:
