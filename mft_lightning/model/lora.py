@@ -217,7 +217,10 @@ def _check_layers(adapted: Any, settings: LoraSettings, tied: set[str]) -> None:
     if settings.changes_base:
         for name, layer in layers.items():
             if (rank := layer.r["default"]) > (most := min(layer.in_features, layer.out_features)):
-                raise UserError(f"model.lora.r: {rank} is more than {name}'s {most} singular values, which init takes.")
+                key = "r" if rank == config.r else "rank_pattern"
+                raise UserError(
+                    f"model.lora.{key}: {rank} is more than {name}'s {most} singular values of model.lora.init."
+                )
             if name in tied:
                 raise UserError(f"model.lora.init: {settings.init} changes {name}, which is tied to the embeddings.")
 

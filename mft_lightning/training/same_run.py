@@ -73,7 +73,7 @@ def check_start(module: MFTModule, role_tokens: str) -> list[str]:
         return [
             *notes,
             f"note: whether the adapter in {shown(directory)} was trained on this base is not known ({why}); it names "
-            f"{adapter_base(directory)}.",
+            f"{adapter_base(directory) or 'no base'}.",
         ]
     if trained_on != module.description[key]:
         raise UserError(

@@ -259,6 +259,7 @@ def test_going_on_with_other_adapters_is_refused(
         (("--model.lora.init", "pisa"), "is none of default, pissa, pissa_niter_16, olora"),
         ((*KINDS["pissa"], "--model.lora.r", "40"), "model.lora.r: 40 is more than gpt_neox.layers.0"),
         ((*KINDS["pissa"], "--model.peft_type", "qlora"), "model.lora.init: needs the base's own weights"),
+        ((*KINDS["pissa"], "--model.lora.rank_pattern", '{"dense": 40}'), "rank_pattern: 40 is more than gpt_neox"),
         (("--model.lora.rank_pattern", '{"nothing": 2}'), "model.lora.rank_pattern: 'nothing' is no name"),
         (("--model.lora.rank_pattern", '{"dense": 0}'), "model.lora.rank_pattern: 'dense' has 0"),
         (("--model.lora.alpha_pattern", '{"den(se": 1}'), "model.lora.alpha_pattern: 'den(se' is no regular"),
@@ -305,3 +306,6 @@ def test_two_ranks_take_the_steps_of_one(
             start = ("--ckpt_path", str(part / "step-00000002"))
             part = fit(tmp_path / f"from {name}", *common, *kinds[kind], *start, config="lora.yaml")
         assert apart(weights(whole / "step-00000004"), weights(part / "step-00000004")) < 1e-9, name
+    sharded = str(tmp_path / "fsdp dora" / "step-00000004")
+    still = fit(tmp_path / "still", *common, "--model.lora.start_from", sharded, *R_UNSET, *STILL, config="lora.yaml")
+    assert apart(weights(tmp_path / "dora" / "step-00000004"), weights(still / "step-00000001")) < 1e-9
