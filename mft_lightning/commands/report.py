@@ -41,7 +41,9 @@ def run_plan(
     if not optim.lr_scheduler_type.startswith("constant"):
         rate += f" to {optim.min_lr:g}"
     if optim.loraplus_lr_ratio is not None:
-        rate += f", {optim.loraplus_lr_ratio:g} times that for lora_B"
+        trains = [name for name, parameter in module.network.named_parameters() if parameter.requires_grad]
+        others = "" if module.matrices.issuperset(trains) else " and what is no matrix"
+        rate += f", {optim.loraplus_lr_ratio:g} times that for lora_B{others}"
     lines: Lines = task_table(datamodule.reports)
     if datamodule.valid_reports:
         lines += ["", "validation directories", *task_table(datamodule.valid_reports)]

@@ -164,10 +164,11 @@ def test_a_run_starts_from_an_adapter_with_copies(
     """Embeddings and head with rows for new tokens: the source's to the bit, then they train, resume and merge."""
     common = (*STEPS, *SAVED, *ADDED, "--trainer.max_steps", "2", "--checkpoint.checkpointing_steps", "1")
     source = fit(tmp_path / "source", *common, *KINDS[kind], config="lora.yaml") / "step-00000002"
-    words = (*common, *R_UNSET, "--model.lora.start_from", str(source))
+    words = (*common, *R_UNSET, *KINDS["loraplus"], "--model.lora.start_from", str(source))
     capsys.readouterr()
     whole = fit(tmp_path / "whole", *words, config="lora.yaml")
-    assert "whole       embed_in, lm_head (model.lora.start_from)\n" in capsys.readouterr().out
+    assert "whole       embed_in, lm_head (model.lora.start_from)\n" in (said := capsys.readouterr().out)
+    assert f"8 times that for lora_B{' and what is no matrix' if kind == 'use_dora' else ''}\n" in said
     still = fit(tmp_path / "still", *words, *STILL, config="lora.yaml")
     assert same_weights(still / "step-00000001", source)
     part = fit(tmp_path / "part", *words, "--ckpt_path", str(whole / "step-00000001"), config="lora.yaml")
