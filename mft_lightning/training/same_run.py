@@ -66,7 +66,9 @@ def check_start(module: MFTModule, role_tokens: str) -> list[str]:
         saved = {**UNSAID, **read_metadata(directory)["fingerprint"]}
         trained_on = saved.get(key)
         now = {"data.role_tokens": role_tokens, **described(module.quantization)}
-        other = [f"{name} {saved.get(name)}, here {now[name]}" for name in now if saved.get(name) != now[name]]
+        bits = "model.qlora.bits"  # without which the other keys have no values
+        told = list(now) if saved.get(bits) == now[bits] else ["data.role_tokens", bits]
+        other = [f"{name} {saved.get(name)}, here {now[name]}" for name in told if saved.get(name) != now[name]]
         notes = [f"note: the adapter in {shown(directory)} was trained with {'; '.join(other)}."] if other else []
     if trained_on is None or held != module.source.dtype:
         why = "it does not tell" if trained_on is None else f"it was trained in {str(held).removeprefix('torch.')}"

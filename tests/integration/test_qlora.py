@@ -62,6 +62,18 @@ def test_a_run_learns_and_its_checkpoint_tells_how(run: Path) -> None:
     assert "bitsandbytes" in described["versions"]
 
 
+def test_a_run_that_starts_from_its_adapter_in_other_bits_says_so(
+    fit: Callable[..., Path], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its base on the disk is the same one, which LoRA trains on as it is."""
+    words = ("--model.lora.r", "96", "--model.lora.start_from", str(run / "step-00000008"), "--trainer.max_steps", "1")
+    capsys.readouterr()
+    fit(tmp_path / "whole", *words, "--evaluation.strategy", "none", config="lora.yaml")
+    assert "was trained with model.qlora.bits 4, here None.\n" in capsys.readouterr().out
+    fit(tmp_path / "same", *words, "--evaluation.strategy", "none", config=CONFIG)
+    assert "was trained with" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_resume_is_bit_exact(fit: Callable[..., Path], run: Path, tmp_path: Path, kind: str) -> None:
     """With validations before it, in which bitsandbytes computes otherwise than in training, and LoRA's dropout on."""
