@@ -48,6 +48,7 @@ ELSEWHERE: dict[str, tuple[Any, str]] = {
     "limit_train_batches": (None, "trainer.max_steps"),
     "limit_val_batches": (None, "evaluation.max_conversations_per_task"),
     "limit_test_batches": (None, "evaluation.max_conversations_per_task"),
+    "limit_predict_batches": (None, "--limit of predict"),
     "overfit_batches": (0.0, "trainer.max_steps"),
     "fast_dev_run": (False, "trainer.max_steps"),
     "enable_checkpointing": (None, "checkpoint.checkpointing_steps"),
