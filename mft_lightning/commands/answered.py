@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mft_lightning.aside import written_aside
+from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.held_out import Questions
 from mft_lightning.data.lines import read_lines
-from mft_lightning.data.records import BadRecord, Turn, parse_record
+from mft_lightning.data.records import BadRecord, Conversation, parse_record
 from mft_lightning.errors import UserError
 from mft_lightning.screen import Grid, json_line
 
@@ -33,17 +34,16 @@ def write_answers(output: Path, datamodule: MFTDataModule, batches: Batches, sai
     beside = output.with_name(f"{output.stem}.summary.json")
     with written_aside(output) as aside:
         with aside.open("w", encoding="utf-8") as handle:
-            for question, (file, line, turns) in enumerate(_asked(questions)):
-                last = [place for place, turn in enumerate(turns) if turn.role == "bot"][questions.turns[question]]
+            for question, (file, line, prompt, reference) in enumerate(_asked(questions, datamodule.chat_format)):
                 given = found[question]
                 about = {
                     "task": datamodule.task_names[questions.tasks[question]],
                     "split": questions.splits[question],
                     "file": str(file),
                     "line": line,
-                    "prompt": turns[last - 1].content,
+                    "prompt": prompt,
                     "answer": given["answer"],
-                    "reference": turns[last].content,
+                    "reference": reference,
                     "finish_reason": "stop" if given["finished"] else "length",
                     "exact_match": given["exact"],
                 }
@@ -61,20 +61,37 @@ def _by_question(questions: Questions, batches: Batches) -> dict[int, Mapping[st
     }
 
 
-def _asked(questions: Questions) -> Iterator[tuple[Path, int, tuple[Turn, ...]]]:
-    """The file, the line and the turns of each question, from the data as it lies there."""
-    places = (questions.where(question) for question in range(len(questions)))
-    for file, wanted in groupby(places, key=lambda place: place[0]):
+def _asked(questions: Questions, chat_format: ChatFormat) -> Iterator[tuple[Path, int, str, str]]:
+    """The file, the line, the prompt and the reference of each question, from the data as it lies there."""
+    places = ((question, *questions.where(question)) for question in range(len(questions)))
+    for file, wanted in groupby(places, key=lambda place: place[1]):
         lines = read_lines(file)
-        for _, number in wanted:
+        for question, _, number in wanted:
             line = next((line for line in lines if line.number == number), None)
             try:
                 if line is None:
-                    raise BadRecord("gone", "is gone")
-                turns = parse_record(line.raw).turns
+                    raise BadRecord("gone", "it is gone")
+                prompt, reference = _as_asked(questions, question, parse_record(line.raw), chat_format)
             except BadRecord as error:
-                raise UserError(f"{file}:{number}: has changed since it was read ({error.detail}).") from error
-            yield file, number, turns
+                raise UserError(
+                    f"{file}:{number}: has changed since it was read ({error.detail}). Set it back, and the same "
+                    "command, without --overwrite, writes the answers; or ask again with --overwrite."
+                ) from error
+            yield file, number, prompt, reference
+
+
+def _as_asked(questions: Questions, question: int, found: Conversation, chat_format: ChatFormat) -> tuple[str, str]:
+    """The prompt and the reference of a question, if ``found`` still has the tokens that were asked."""
+    answer, held = int(questions.turns[question]), questions.held(question)
+    (encoded,) = chat_format.encode([found])
+    start, end = len(held.prompt), len(held.prompt) + len(held.reference)
+    if (
+        encoded.spans[2 * answer : 2 * answer + 2] != [start, end + 1]
+        or encoded.input_ids[:end] != held.prompt + held.reference
+    ):
+        raise BadRecord("changed", "it is another conversation")
+    last = [place for place, turn in enumerate(found.turns) if turn.role == "bot"][answer]
+    return chat_format.content(found.turns[last - 1].content), chat_format.content(found.turns[last].content)
 
 
 def summary(questions: Questions, batches: Batches, names: Sequence[str]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class ChatEncoder:
         if conversation.text is not None:
             if not self.pretrain:
                 raise BadRecord("text-in-sft", "text: has no bot turn to learn from; set data.tokenize_mode: pretrain")
-            yield Segment(self._content(conversation.text), answer=True)
+            yield Segment(self.content(conversation.text), answer=True)
             return
         stretch = ""
         for turn in conversation.turns:
@@ -140,10 +140,10 @@ class ChatEncoder:
             if turn.role == "bot":
                 if stretch:
                     yield Segment(stretch)
-                yield Segment(self._content(turn.content), answer=True)
+                yield Segment(self.content(turn.content), answer=True)
                 stretch = ""
             else:
-                stretch += self._content(turn.content)
+                stretch += self.content(turn.content)
         if stretch:
             yield Segment(stretch)
 
@@ -177,5 +177,6 @@ class ChatEncoder:
             spans = [1, *spans[1:]] if spans[1] > 1 else spans[2:]
         return Encoded(input_ids, spans)
 
-    def _content(self, text: str) -> str:
+    def content(self, text: str) -> str:
+        """A turn's content as it is encoded."""
         return text.translate(_PUNCTUATION) if self.normalize_punctuation else text

@@ -16,6 +16,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft_lightning.cli import main
+from mft_lightning.commands.answered import write_answers
+from mft_lightning.model.generation import Answer
 from mft_lightning.training.exact_match import ExactMatch
 from tests.integration import preloaded
 from tests.integration.conftest import user_environment
@@ -252,6 +254,7 @@ def test_parts_of_another_run_are_not_taken_for_its_own(
         (("--data.tokenize_mode", "pretrain"), "data.tokenize_mode pretrain has no answers to ask for"),
         (("--ckpt_path", "null"), "--ckpt_path: is missing. Give last, best or a checkpoint directory"),
         (("--ckpt_path", "best"), "--ckpt_path best: no checkpoint"),
+        (("--trainer.limit_predict_batches", "1"), "limit_predict_batches: 1 has no effect here. Use --limit of predict"),
         (("--output", "docs"), "--output docs: is a directory"),
         (("--output", "x.jsonl.gz"), "is written uncompressed"),
         (("--output", "/dev/null/x.jsonl"), "--output: /dev/null/.x.jsonl.parts cannot be written"),
@@ -278,3 +281,70 @@ def test_the_test_split_is_asked_where_there_is_one_and_the_callback_of_validati
     assert main(words) == 0
     output = checkpoint.parent / "predictions" / "step-00000060-test.jsonl"
     assert [found["split"] for found in lines(output)] == ["test"] * 3
+
+
+def copied(example_tasks: list[str], directory: Path) -> list[str]:
+    """The first conversations of each task in a directory of its own."""
+    found = []
+    for task in map(Path, example_tasks):
+        (directory / task.name).mkdir(parents=True)
+        text = (task / "part_0.jsonl").read_text().splitlines(keepends=True)[:2]
+        (directory / task.name / "part.jsonl").write_text("".join(text))
+        found.append(str(directory / task.name))
+    return found
+
+
+def test_data_that_change_meanwhile_are_noticed(
+    arguments: Arguments,
+    example_tasks: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    valid, output = copied(example_tasks, tmp_path / "valid"), tmp_path / "out" / "answers.jsonl"
+    file = Path(valid[1]) / "part.jsonl"
+    before = file.read_text()
+    records = [json.loads(line) for line in before.splitlines()]
+    question, answer = records[1]["chat_rounds"][-2:]
+    turns = {
+        "another answer": [question, {**answer, "content": answer["content"] + "x"}],
+        "another question": [{**question, "content": "x"}, answer],
+        "more before": [question, answer, question, answer],
+        "no turn": None,
+    }
+    words = arguments(output, "--data.valid_data_paths", f"[{','.join(valid)}]", "--data.data_split", "null")
+    words += ["--split", "valid", "--max_new_tokens", "2"]
+    for rounds in turns.values():
+        changed = {"text": "x"} if rounds is None else {"chat_rounds": rounds}
+
+        def write_after(*given: Any, changed: dict[str, Any] = changed) -> Path:
+            file.write_text(json.dumps(records[0]) + "\n" + json.dumps(changed) + "\n")
+            return write_answers(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("mft_lightning.commands.predict.write_answers", write_after)
+            assert main(words) == 1
+        assert f"{file}:2: has changed since it was read" in capsys.readouterr().err
+        assert [path.name for path in output.parent.iterdir()] == [".answers.jsonl.parts"]
+        file.write_text(before)
+    assert main(words) == 0 and len(lines(output)) == 6
+
+
+def test_what_is_compared_is_what_is_shown(
+    arguments: Arguments, example_tasks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under data.normalize_punctuation, of a model that says the reference as it is learnt."""
+    valid, output = copied(example_tasks, tmp_path / "valid"), tmp_path / "answers.jsonl"
+    for task in map(Path, valid):
+        record = {"prompt": "a，b？", "answer": "x（y）"}
+        (task / "part.jsonl").write_text(json.dumps(record) + "\n")
+
+    def learnt(self: Any, batch: int, *_: Any) -> list[Answer]:
+        return [Answer(held.reference, True) for held in self.datamodule.questions.batch(batch)]
+
+    monkeypatch.setattr("mft_lightning.model.module.MFTModule.predict_step", learnt)
+    words = arguments(output, "--data.valid_data_paths", f"[{','.join(valid)}]", "--data.data_split", "null")
+    assert main([*words, "--split", "valid", "--data.normalize_punctuation", "true"]) == 0
+    for found in lines(output):
+        assert (found["prompt"], found["answer"], found["reference"]) == ("a,b?", "x(y)", "x(y)")
+        assert found["exact_match"]
