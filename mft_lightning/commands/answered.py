@@ -31,7 +31,7 @@ def write_answers(output: Path, datamodule: MFTDataModule, batches: Batches, sai
     """
     questions = datamodule.questions
     found = _by_question(questions, batches)
-    beside = output.with_name(f"{output.stem}.summary.json")
+    beside = summary_file(output)
     with written_aside(output) as aside:
         with aside.open("w", encoding="utf-8") as handle:
             for question, (file, line, prompt, reference) in enumerate(_asked(questions, datamodule.chat_format)):
@@ -51,6 +51,11 @@ def write_answers(output: Path, datamodule: MFTDataModule, batches: Batches, sai
         with written_aside(beside) as summary_aside:
             summary_aside.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return beside
+
+
+def summary_file(output: Path) -> Path:
+    """The JSON beside the answers."""
+    return output.with_name(f"{output.stem}.summary.json")
 
 
 def _by_question(questions: Questions, batches: Batches) -> dict[int, Mapping[str, Any]]:

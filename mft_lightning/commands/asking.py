@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from mft_lightning.commands.loading import DTYPES, LoadedModel, load_model
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.generation import PRESETS, GenerationSettings
 from mft_lightning.model.quantized import gather_scales
+from mft_lightning.paths import given_path
 
 FIELDS = tuple(GenerationSettings.__dataclass_fields__)
 
@@ -101,7 +101,7 @@ def check_text(options: Namespace, *keys: str) -> None:
 
 def load_asked(options: Namespace) -> LoadedModel:
     """The model of ``--model``, on its device."""
-    loaded = load_model(Path(options.model).expanduser(), "--model", dtype=options.dtype)
+    loaded = load_model(given_path(options.model, "--model"), "--model", dtype=options.dtype)
     try:
         gather_scales(loaded.model.to(options.device))
     except (RuntimeError, AssertionError) as error:

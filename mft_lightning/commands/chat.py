@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 
 from jsonargparse import ArgumentParser, Namespace
@@ -25,6 +24,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.key_errors import parse
 from mft_lightning.model.generation import GenerationSettings
 from mft_lightning.out_of_memory import answering_advice, is_out_of_memory
+from mft_lightning.paths import given_file
 from mft_lightning.quiet import quieten
 from mft_lightning.screen import printable, reader_may_leave
 
@@ -228,7 +228,7 @@ def _obeyed(talk: Talk, said: str) -> str:
     if name in ("/save", "/save!"):
         if not rest:
             raise UserError(f"{name}: give a file.")
-        return talk.save(Path(rest).expanduser(), overwrite=name == "/save!")
+        return talk.save(given_file(rest, name), overwrite=name == "/save!")
     raise UserError(f"{name}: there is no such command; /help lists them. //… says what begins with a slash.")
 
 

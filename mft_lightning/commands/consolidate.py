@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
@@ -15,6 +14,7 @@ from mft_lightning.key_errors import parse
 from mft_lightning.model.build import is_adapter
 from mft_lightning.model.export import ADAPTER_FILE, write_parts
 from mft_lightning.model.weight_files import MODEL_SHARDS, UNREADABLE, ShardFiles
+from mft_lightning.paths import given_path
 from mft_lightning.quiet import quieten
 from mft_lightning.training.checkpoint_dirs import read_metadata, verify_weights, write_metadata
 
@@ -26,7 +26,7 @@ def consolidate(argv: list[str]) -> None:
     parser.add_argument("--checkpoint", type=str, required=True, help="Checkpoint of a run with checkpoint.sharded.")
     parser.add_argument("--output", type=str, required=True, help="The new directory.")
     options = parse(parser, argv)
-    checkpoint, output = Path(options.checkpoint).expanduser(), Path(options.output).expanduser()
+    checkpoint, output = given_path(options.checkpoint, "--checkpoint"), given_path(options.output, "--output")
     if output.exists():
         raise UserError(f"--output {output}: is there already. Give a new directory.")
     if not (checkpoint / MODEL_SHARDS).is_dir():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -26,6 +25,7 @@ from mft_lightning.data.records import BadRecord, Question, Turn, parse_question
 from mft_lightning.errors import UserError
 from mft_lightning.key_errors import parse
 from mft_lightning.model.generation import Answer, GenerationSettings, answer, room
+from mft_lightning.paths import given_path
 from mft_lightning.quiet import quieten
 from mft_lightning.screen import json_line, reader_may_leave
 
@@ -89,7 +89,7 @@ def _read_questions(options: Namespace) -> list[tuple[str, int, Question]]:
         system = [] if options.system is None else [Turn("system", options.system)]
         return [("--prompt", 1, Question((*system, Turn("human", options.prompt))))]
     questions = []
-    for line in read_lines(Path(options.input).expanduser()):
+    for line in read_lines(given_path(options.input, "--input")):
         where = f"{line.file}:{line.number}"
         try:
             questions.append((where, line.number, parse_question(line.raw)))

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.splits import SPLITS
 from mft_lightning.data.survey import TaskSurvey, survey
 from mft_lightning.errors import UserError
+from mft_lightning.paths import given_path
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import Grid, console, json_line, labelled, printable, reader_may_leave, say, shown
@@ -102,7 +102,7 @@ def inspect(argv: list[str]) -> None:
     datamodule = config.datamodule
     choice.check(datamodule)
     config.model.check(datamodule)
-    plots = Path(config.config["plots"]).expanduser() if config.config["plots"] else None
+    plots = given_path(config.config["plots"], "--plots") if config.config["plots"] else None
     if plots is not None:
         if config.config["json"]:
             raise UserError("--plots: is drawn with the tables. Leave --json out.")

@@ -22,6 +22,7 @@ from mft_lightning.model.export import adapter_dtype
 from mft_lightning.model.quantized import quantized_causal_lm, settings_of
 from mft_lightning.model.weight_files import MODEL_SHARDS, open_adapter
 from mft_lightning.model.whole_modules import make_room
+from mft_lightning.paths import given_path
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -136,7 +137,7 @@ def base_of(directory: Path, key: str, given: str | None = None) -> tuple[str, s
     """
     found = _named_base(directory, key) if given is None else given
     where = f"{key} {directory}: its base {found}" if given is None else f"--base {found}"
-    path = Path(found).expanduser()
+    path = given_path(found, f"{key} {directory}: its base" if given is None else "--base")
     if found.startswith(("/", ".", "~")) and not path.is_dir():
         raise UserError(f"{where}: is no directory.")
     return str(path) if found.startswith("~") else found, where

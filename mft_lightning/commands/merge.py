@@ -29,6 +29,7 @@ from mft_lightning.model.merging import MergedWeights, read_base
 from mft_lightning.model.quantized import DequantizedWeights, require_bitsandbytes, settings_of
 from mft_lightning.model.settings import QLoraSettings
 from mft_lightning.model.weights import Weights
+from mft_lightning.paths import given_path
 from mft_lightning.quiet import quieten
 from mft_lightning.training.checkpoint_dirs import write_metadata
 
@@ -40,7 +41,7 @@ def merge(argv: list[str]) -> None:
     """Write base + adapter as a Hugging Face model directory, with the tokenizer and its chat template."""
     quieten()
     options = _options(argv)
-    adapter, output = Path(options.adapter).expanduser(), Path(options.output).expanduser()
+    adapter, output = given_path(options.adapter, "--adapter"), given_path(options.output, "--output")
     if not options.overwrite and output.exists():
         raise UserError(f"--output {output}: is there already. Give a new directory, or --overwrite.")
     metadata = checked_metadata(adapter, "--adapter")

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mft_lightning import ranks
-from mft_lightning.commands.answered import summary, summary_table, write_answers
+from mft_lightning.commands.answered import summary, summary_file, summary_table, write_answers
 from mft_lightning.commands.asking import add_generation_options, generation_settings
 from mft_lightning.commands.prepared import build_for, named_checkpoint
 from mft_lightning.data.datamodule import MFTDataModule
@@ -19,6 +19,7 @@ from mft_lightning.data.held_out import Questions
 from mft_lightning.data.splits import SPLITS
 from mft_lightning.data.tokenizer import vocabulary_digest
 from mft_lightning.errors import UserError
+from mft_lightning.paths import given_file
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import labelled, say, shown
@@ -135,9 +136,9 @@ def _output(config: PredictConfig, checkpoint: CheckpointInfo, splits: list[str]
     name = splits[0] if len(splits) == 1 else "all"
     output = config.output_dir / "predictions" / f"{checkpoint.path.name}-{name}.jsonl"
     if given is not None:
-        output = Path(given).expanduser().absolute()
-    if given == "" or output.is_dir():
-        raise UserError(f"--output {given}: is a directory. Give a file to write.")
+        output = given_file(given, "--output").absolute()
+    given_file(output, "--output")
+    given_file(summary_file(output), "--output")
     if output.suffix in (".gz", ".zst"):
         raise UserError(f"--output {given}: is written uncompressed. Name it .jsonl.")
     return output

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mft_lightning.errors import UserError
+from mft_lightning.paths import given_path
 from mft_lightning.screen import say, shown
 from mft_lightning.training.checkpoint_dirs import (
     CheckpointInfo,
@@ -91,7 +92,7 @@ def resolve_checkpoint(
             raise UserError(f"--ckpt_path best: no checkpoint in {output_dir} has been validated by {monitor}.")
         _tell_passed_over(list(found.damaged.values()), best)
         return _checked(best.path, to_resume)
-    directory = Path(ckpt_path).expanduser()
+    directory = given_path(ckpt_path, "--ckpt_path")
     if not directory.is_dir():
         raise UserError(f"--ckpt_path {ckpt_path}: is no directory. Give last, best or a checkpoint directory.")
     return _checked(directory.resolve(), to_resume)

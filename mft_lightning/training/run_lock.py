@@ -30,8 +30,9 @@ def only_run_in(directory: Path, key: str = "output_dir") -> Iterator[None]:
     Raises:
         UserError: another run is at work in it, or it cannot be written to.
     """
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    made: list[Path] = []
     try:
+        made = [path for path in (directory, *directory.parents) if not path.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = _locked(directory / LOCK, key)
     except OSError as error:

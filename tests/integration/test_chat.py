@@ -177,6 +177,8 @@ def test_the_options_are_those_of_generate(
         ("/nope\n", "standard input, line 1: /nope: there is no such command; /help lists them"),
         ("\n/save x.jsonl\n", "line 2: /save: nothing has been said yet"),
         ("/save\n", "/save: give a file"),
+        ("/save ~nosuchuser/x.jsonl\n", "/save ~nosuchuser/x.jsonl: nobody has that home directory"),
+        (f"/save {'x' * 300}\n", "cannot be used (File name too long)"),
         (b"a\xff\n", "line 1: it is not UTF-8 (character 2)"),
         (fenced("a b " * 300) + "\n", "positions. Your words are taken back. /reset starts anew."),
     ],
@@ -188,6 +190,13 @@ def test_what_is_wrong_in_a_pipe_ends_the_command(
     code, answers, said = piped(lines)
     assert code == 1 and not answers
     assert said.startswith("error: standard input") and message in said and said.count("\n") == 1
+
+
+def test_only_a_regular_file_is_replaced(piped: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code, _, said = piped(f"/save! {pipe}\n")
+    assert code == 1 and f"/save! {pipe}: is no regular file" in said and pipe.is_fifo()
 
 
 def test_a_slash_can_be_said(piped: Callable[..., tuple[int, str, str]], checkpoint: Path) -> None:

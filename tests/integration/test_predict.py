@@ -242,6 +242,19 @@ def test_parts_of_another_run_are_not_taken_for_its_own(
     assert len(lines(output)) == 3 and not parts.exists()
 
 
+def test_only_a_regular_file_is_replaced(
+    arguments: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, beside = tmp_path / "pipe.jsonl", tmp_path / "file.summary.json"
+    os.mkfifo(output)
+    beside.symlink_to(output)
+    assert main(arguments(output, "--overwrite")) == 1
+    assert f"--output {output}: is no regular file" in capsys.readouterr().err
+    assert main(arguments(tmp_path / "file.jsonl", "--overwrite")) == 1
+    assert f"--output {beside}: is a link" in capsys.readouterr().err
+    assert output.is_fifo() and beside.is_symlink() and len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -254,8 +267,13 @@ def test_parts_of_another_run_are_not_taken_for_its_own(
         (("--data.tokenize_mode", "pretrain"), "data.tokenize_mode pretrain has no answers to ask for"),
         (("--ckpt_path", "null"), "--ckpt_path: is missing. Give last, best or a checkpoint directory"),
         (("--ckpt_path", "best"), "--ckpt_path best: no checkpoint"),
-        (("--trainer.limit_predict_batches", "1"), "limit_predict_batches: 1 has no effect here. Use --limit of predict"),
+        (
+            ("--trainer.limit_predict_batches", "1"),
+            "limit_predict_batches: 1 has no effect here. Use --limit of predict",
+        ),
         (("--output", "docs"), "--output docs: is a directory"),
+        (("--output", "~nosuchuser/x"), "--output ~nosuchuser/x: nobody has that home directory"),
+        (("--output", "x" * 250), "cannot be used (File name too long)"),
         (("--output", "x.jsonl.gz"), "is written uncompressed"),
         (("--output", "/dev/null/x.jsonl"), "--output: /dev/null/.x.jsonl.parts cannot be written"),
         (("--maxnewtokens", "3"), "maxnewtokens: there is no such key. The nearest is max_new_tokens"),
@@ -336,7 +354,7 @@ def test_what_is_compared_is_what_is_shown(
     """Under data.normalize_punctuation, of a model that says the reference as it is learnt."""
     valid, output = copied(example_tasks, tmp_path / "valid"), tmp_path / "answers.jsonl"
     for task in map(Path, valid):
-        record = {"prompt": "a，b？", "answer": "x（y）"}
+        record = {"prompt": "a\uff0cb\uff1f", "answer": "x\uff08y\uff09"}
         (task / "part.jsonl").write_text(json.dumps(record) + "\n")
 
     def learnt(self: Any, batch: int, *_: Any) -> list[Answer]:
