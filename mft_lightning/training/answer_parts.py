@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +21,8 @@ MADE_FROM = "made_from.json"
 
 class AnswerParts:
     """Batches of answers in a directory beside the file that will hold them all: a line each, in a file of each rank.
+
+    They count as long as what they were made from stands beside them.
 
     Args:
         output: the file that all answers are for.
@@ -48,7 +51,7 @@ class AnswerParts:
             yield
 
     def _prepare(self, overwrite: bool) -> None:
-        begun = not overwrite and any(self._lines())
+        begun = not overwrite and (self.directory / MADE_FROM).is_file() and any(self._lines())
         if begun and (changed := self._changed()):
             raise UserError(
                 f"--output {shown(self.output)}: some answers are there already, of another run: {'; '.join(changed)}. "
@@ -60,6 +63,7 @@ class AnswerParts:
                     f"--output {shown(self.output)}: is there already. Ask again with --overwrite, or give another "
                     "--output."
                 )
+            self._disown()
             for path in self.directory.iterdir():
                 if path.name != LOCK:
                     path.unlink()
@@ -84,12 +88,12 @@ class AnswerParts:
             for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
                 if not line.endswith(b"\n"):  # the writer was killed in the middle of it
                     continue
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
+                written = b"{" + line[len(_line(b"")) - 1 : -1]
+                if _line(written) != line:
                     raise UserError(
-                        f"{shown(path)}:{number}: is damaged ({error}). Start anew with --overwrite."
-                    ) from error
+                        f"{shown(path)}:{number}: is damaged: it is not as it was written. Start anew with --overwrite."
+                    )
+                yield json.loads(written)
 
     def writer(self, number: int) -> PartWriter:
         """What adds batches to the part of a rank."""
@@ -97,7 +101,13 @@ class AnswerParts:
 
     def remove(self) -> None:
         """Take the parts away, when all that is in them stands in the output."""
+        self._disown()
         shutil.rmtree(self.directory)
+
+    def _disown(self) -> None:
+        """Let no part count any more, so that a kill in the middle of removing them leaves none that does."""
+        (self.directory / MADE_FROM).unlink(missing_ok=True)
+        sync(self.directory)
 
 
 class PartWriter:
@@ -113,10 +123,15 @@ class PartWriter:
 
     def add(self, batch: int, answers: list[dict[str, Any]]) -> None:
         """Write a batch, so that a kill of this process leaves all of it or none that counts."""
-        self._handle.write(json.dumps({"batch": batch, "answers": answers}).encode() + b"\n")
+        self._handle.write(_line(json.dumps({"batch": batch, "answers": answers}).encode()))
         self._handle.flush()
 
     def close(self) -> None:
         """Have it on the disk."""
         self._handle.close()
         sync(Path(self._handle.name))
+
+
+def _line(batch: bytes) -> bytes:
+    """A line that holds a JSON object, with a checksum of it in front."""
+    return b'{"crc32": "%08x", ' % zlib.crc32(batch) + batch[1:] + b"\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +54,50 @@ def test_one_run_at_a_time_and_none_that_was_not_asked_for(tmp_path: Path) -> No
         pass
     with AnswerParts(output, {"--seed": 1}).opened(overwrite=True):
         assert AnswerParts(output, {}).read() == {}
+
+
+@pytest.mark.parametrize("damage", [b"[1]", b'{"batch": 9, "answers": []}', b'"crc32"', b""], ids=str)
+def test_a_damaged_line_is_told_of_though_it_is_json(tmp_path: Path, damage: bytes) -> None:
+    parts = AnswerParts(tmp_path / "answers.jsonl", {"--seed": 1})
+    with parts.opened(overwrite=False):
+        writer = parts.writer(0)
+        writer.add(3, ANSWERS)
+        writer.close()
+    file = parts.directory / "part-00000.jsonl"
+    file.write_bytes(file.read_bytes() + damage + b"\n")
+    with pytest.raises(UserError, match=r"part-00000\.jsonl:2: is damaged"):
+        parts.read()
+    file.write_bytes(file.read_bytes().split(b"\n")[0].replace(b"false", b"true") + b"\n")
+    with pytest.raises(UserError, match=r"part-00000\.jsonl:1: is damaged"):
+        parts.read()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_kill_while_parts_are_removed_leaves_none_that_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """Killed before each removal, of parts whose answers are written, or that are to be overwritten."""
+    parts = AnswerParts(tmp_path / "answers.jsonl", {"--seed": 1})
+    for survived in range(6):
+        with parts.opened(overwrite=True):
+            for rank in range(3):
+                writer = parts.writer(rank)
+                writer.add(rank, ANSWERS)
+                writer.close()
+        removed = []
+
+        def unlink(path: Any, *given: Any, left: list[Any] = removed, survived: int = survived, **named: Any) -> None:
+            if len(left) == survived and Path(path).name != ".lock":
+                raise KeyboardInterrupt
+            left.append(path)
+            os.remove(path, *given, **named)
+
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr("os.unlink", unlink)
+            if overwrite:
+                with parts.opened(overwrite=True):
+                    pass
+            else:
+                parts.remove()
+        with AnswerParts(parts.output, {"--seed": 1 if survived == 0 else 2}).opened(overwrite=False):
+            assert len(parts.read()) == (3 if survived == 0 else 0)
