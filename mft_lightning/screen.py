@@ -115,6 +115,16 @@ def json_line(value: object) -> str:
     return json.dumps(value, ensure_ascii=False).translate(_ESCAPED)
 
 
+def print_json(value: object) -> None:
+    """Print JSON as one line, with letters spelt out where the standard output's encoding has not all of them."""
+    line = json_line(value)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(value)
+    print(line, flush=True)
+
+
 def labelled(lines: Sequence[tuple[str, str]]) -> list[Text]:
     """``label  value`` lines with the values in one column."""
     width = max(len(label) for label, _ in lines)

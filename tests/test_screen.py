@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from mft_lightning.screen import Grid, console, duration, json_line, labelled, printable, program, say, shown
+from mft_lightning.screen import (
+    Grid,
+    console,
+    duration,
+    json_line,
+    labelled,
+    print_json,
+    printable,
+    program,
+    say,
+    shown,
+)
 
 GRID = Grid(
     ("task", "conversations", "supervised tokens", "left out"),
@@ -108,3 +119,14 @@ def test_a_program_is_called_by_its_name_only_where_the_shell_finds_the_same(
     assert program("tensorboard") == ".venv/bin/tensorboard"
     monkeypatch.setenv("PATH", str(own))
     assert program("tensorboard") == "tensorboard"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_valid_whatever_the_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    raw, value = io.BytesIO(), {"answer": "\u00e9 \u4e2d \U0001f600 \\xe9"}
+    stream = io.TextIOWrapper(raw, encoding=encoding, errors="backslashreplace")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        print_json(value)
+    assert json.loads(raw.getvalue().decode(encoding)) == value
+    assert ("\u4e2d" in raw.getvalue().decode(encoding)) == (encoding == "utf-8")

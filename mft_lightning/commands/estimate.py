@@ -10,7 +10,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.model.memory import PARTS, Moment, moments_of_step
 from mft_lightning.model.step_setup import StepSetup
 from mft_lightning.quiet import quieten
-from mft_lightning.screen import Grid, json_line, labelled, reader_may_leave, say
+from mft_lightning.screen import Grid, labelled, print_json, reader_may_leave, say
 
 GIB = 2**30
 NEAR = 0.9  # of a device's memory, above which what is not counted may be too much
@@ -28,7 +28,7 @@ def estimate(argv: list[str]) -> None:
     moments, found = moments_of_step(setup), changes(run, setup)
     with reader_may_leave():
         if run.config["json"]:
-            print(json_line(as_object(setup, moments, found, memory)))
+            print_json(as_object(setup, moments, found, memory))
         else:
             _say_step(run, setup)
             _say_parts(moments, memory)

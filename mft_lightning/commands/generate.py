@@ -27,7 +27,7 @@ from mft_lightning.key_errors import parse
 from mft_lightning.model.generation import Answer, GenerationSettings, answer, room
 from mft_lightning.paths import given_path
 from mft_lightning.quiet import quieten
-from mft_lightning.screen import json_line, reader_may_leave
+from mft_lightning.screen import print_json, reader_may_leave
 
 WINDOW = 8  # batches that are sorted by length together, so that little is padding and answers still come in order
 
@@ -54,7 +54,7 @@ def generate(argv: list[str]) -> None:
             if options.prompt is not None:
                 print(loaded.chat_format.decode(found.ids))
             else:
-                print(json_line(_as_object(loaded, question, found)), flush=True)
+                print_json(_as_object(loaded, question, found))
 
 
 def _options(argv: list[str]) -> tuple[Namespace, GenerationSettings]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -28,7 +27,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.paths import given_path
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
-from mft_lightning.screen import Grid, console, json_line, labelled, printable, reader_may_leave, say, shown
+from mft_lightning.screen import Grid, console, labelled, print_json, printable, reader_may_leave, say, shown
 
 SUPERVISED, MARKER = "black on green", "cyan"
 DEFAULT_SHOWN = 3  # conversations of each task and split, without --limit and --page
@@ -110,8 +109,7 @@ def inspect(argv: list[str]) -> None:
     with reader_may_leave():
         if config.config["json"]:
             for record in choice.paged(choice.groups(datamodule)):
-                print(json_line(as_object(datamodule.chat_format, record)))
-            sys.stdout.flush()
+                print_json(as_object(datamodule.chat_format, record))
             for corpus in datamodule.load():
                 corpus.refuse()
         else:
