@@ -6,8 +6,9 @@ import io
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
+from typing import NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -36,7 +37,7 @@ HELP = f"""\
 /save FILE     write the conversation as a line of training data; /save! FILE replaces a file
 /help          this
 /quit          end, as Ctrl-D does
-{FENCE}            begins what is longer than a line, and ends it
+{FENCE}            begins what is longer than a line, and ends it; nothing in it is a command
 //text         says /text
 Ctrl-C         stops the answer; at an empty prompt, twice, ends"""
 
@@ -72,23 +73,20 @@ def _options(argv: list[str]) -> tuple[Namespace, GenerationSettings]:
 
 
 def _from_pipe(talk: Talk) -> None:
-    """Answers alone on standard output; what is wrong with a line ends the command."""
+    """Answers alone on standard output; what is wrong with a message ends the command, naming its first line."""
     lines = enumerate(sys.stdin, start=1)
-    number = 0
 
     def read(_: str) -> str:
-        nonlocal number
-        try:
-            number, line = next(lines)
-        except StopIteration as error:
-            raise EOFError from error
-        return line.removesuffix("\n")
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line[1].removesuffix("\n")
 
-    with suppress(EOFError, _LeaveError):
-        while True:
-            said = _message(read)
+    with suppress(_LeaveError):
+        for number, line in lines:
             try:
-                note = _handled(talk, said, tell=_write, stopped=lambda: False)
+                message = _message(line.removesuffix("\n"), read)
+                note = _handled(talk, message, tell=_write, answering=nullcontext(lambda: False))
             except UserError as error:
                 raise UserError(f"standard input, line {number}: {error}") from error
             _note(note)
@@ -102,11 +100,17 @@ def _in_terminal(talk: Talk) -> None:
     warned = False
     with interrupts.heard():
         while True:
+            before = talk.rounds
             try:
-                said = _message(input)
+                with interrupts.raised():
+                    message = _message(input("> "), input)
             except EOFError:
                 print()
                 return
+            except UserError as error:
+                print()
+                _note(str(error))
+                continue
             except KeyboardInterrupt:
                 print()
                 if typed():  # that line is gone now
@@ -118,13 +122,12 @@ def _in_terminal(talk: Talk) -> None:
                 continue
             warned = False
             try:
-                with interrupts.kept() as stopped:
-                    note = _handled(talk, said, tell=lambda text: _write(printable(text)), stopped=stopped)
+                note = _handled(talk, message, tell=lambda text: _write(printable(text)), answering=interrupts.kept())
                 _note(note)
             except _LeaveError:
                 return
             except KeyboardInterrupt:
-                _note(f"broken off. {TAKEN_BACK}")
+                _note(f"broken off. {TAKEN_BACK if talk.rounds is before else 'What stands there counts.'}")
             except UserError as error:
                 _note(str(error))
             except RuntimeError as error:
@@ -144,13 +147,14 @@ def _line_editor() -> Callable[[], str]:
 
 
 class _Interrupts:
-    """What Ctrl-C does: at the prompt what it does everywhere, during an answer it is kept until someone asks.
+    """What Ctrl-C does: it is raised at the prompt, kept during an answer until someone asks, and nothing elsewhere.
 
-    A second one during an answer breaks it off in the middle of a token.
+    A second one during an answer breaks it off in the middle of a token. One that was raised is the last until the next
+    prompt or answer, so that none disturbs what is done about it.
     """
 
     def __init__(self) -> None:
-        self._answering = self._received = False
+        self._raises = self._keeps = self._received = False
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -161,41 +165,82 @@ class _Interrupts:
             signal.signal(signal.SIGINT, before)
 
     @contextmanager
+    def raised(self) -> Iterator[None]:
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
+
+    @contextmanager
     def kept(self) -> Iterator[Callable[[], bool]]:
         """Yields what tells whether one came."""
-        self._answering, self._received = True, False
+        self._received, self._keeps = False, True
         try:
             yield lambda: self._received
         finally:
-            self._answering = False
+            self._keeps = self._raises = False
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
-        if not self._answering or self._received:
+        if self._raises:
+            self._keeps = self._raises = False
             raise KeyboardInterrupt
-        self._received = True
+        if self._keeps:
+            self._received = self._raises = True
 
 
-def _message(read: Callable[[str], str]) -> str:
-    """The next message: a line, or all lines between two fences."""
-    line = read("> ")
+class _Message(NamedTuple):
+    """What was said; ``typed``, as one line, it may be a command."""
+
+    text: str
+    typed: bool
+
+
+def _message(line: str, read: Callable[[str], str]) -> _Message:
+    """The message that ``line`` begins: all lines between two fences, or it alone.
+
+    Raises:
+        UserError: there is no second fence.
+    """
+    if "\n" in line:  # no key types that: it was pasted
+        return _Message(line.rstrip("\n"), typed=False)
     if not line.startswith(FENCE):
-        return line
+        return _Message(line, typed=True)
     text = line.removeprefix(FENCE)
     while not text.endswith(FENCE):
-        text += "\n" + read("… ")
-    return text.removesuffix(FENCE).strip("\n")
+        try:
+            text += "\n" + read("… ")
+        except EOFError as error:
+            raise UserError(f"{FENCE} opens a message there that no {FENCE} ends. Nothing of it was said.") from error
+    return _Message(text.removesuffix(FENCE).strip("\n"), typed=False)
 
 
-def _handled(talk: Talk, said: str, *, tell: Callable[[str], None], stopped: Callable[[], bool]) -> str | None:
-    """Do what a message asks for; what to say of it, if anything."""
+def _handled(
+    talk: Talk,
+    message: _Message,
+    *,
+    tell: Callable[[str], None],
+    answering: AbstractContextManager[Callable[[], bool]],
+) -> str | None:
+    """Do what a message asks for; what to say of it, if anything.
+
+    Args:
+        talk: the conversation.
+        message: what was said.
+        tell: is given the answer, piece by piece.
+        answering: entered for as long as that takes; yields what tells whether it is to stop.
+    """
+    said, typed = message
     try:
         said.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"it is not UTF-8 (character {error.start + 1}).") from error
     if not said.strip():
         return None
-    if said.startswith("/") and not said.startswith("//"):
-        return _obeyed(talk, said.strip())
+    if typed and said.startswith("/"):
+        if not said.startswith("//"):
+            return _obeyed(talk, said.strip())
+        said = said.removeprefix("/")
     told = False
 
     def telling(text: str) -> None:
@@ -203,11 +248,12 @@ def _handled(talk: Talk, said: str, *, tell: Callable[[str], None], stopped: Cal
         told = True
         tell(text)
 
-    try:
-        return talk.say(said.removeprefix("/") if said.startswith("//") else said, tell=telling, stopped=stopped)
-    finally:
-        if told:
-            _write("\n")
+    with answering as stopped:
+        try:
+            return talk.say(said, tell=telling, stopped=stopped)
+        finally:
+            if told:
+                _write("\n")
 
 
 def _obeyed(talk: Talk, said: str) -> str:

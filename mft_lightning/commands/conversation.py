@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from mft_lightning.aside import written_aside
@@ -16,6 +17,16 @@ from mft_lightning.screen import json_line, shown
 TAKEN_BACK = "Your words are taken back."
 
 
+@dataclass(frozen=True)
+class Round:
+    """What was said and what was answered: the ids of the answer as the model gave them, and whether it ended it."""
+
+    said: Turn
+    answer: Turn
+    ids: list[int]
+    finished: bool
+
+
 class Talk:
     """Asks a model turn by turn, each after all turns before it.
 
@@ -27,18 +38,16 @@ class Talk:
         system: what it is told in front of everything.
 
     Attributes:
-        turns: human and bot in alternation, without the system turn.
+        rounds: all of it but the system turn. It is replaced as a whole, so that no interrupt leaves a part of one.
     """
 
     def __init__(self, loaded: LoadedModel, settings: GenerationSettings, system: str | None) -> None:
         self.loaded, self.settings, self.system = loaded, settings, system
-        self.turns: list[Turn] = []
-        self._answers: list[list[int]] = []
-        self._cut: list[int] = []  # answers that the model did not end
+        self.rounds: tuple[Round, ...] = ()
 
     def start_anew(self) -> None:
         """Forget all turns but the system's."""
-        self.turns, self._answers, self._cut = [], [], []
+        self.rounds = ()
 
     def say(self, text: str, *, tell: Callable[[str], None], stopped: Callable[[], bool]) -> str | None:
         """Say ``text`` and tell the answer as it comes. It counts as far as it was told, if it was stopped too.
@@ -50,8 +59,8 @@ class Talk:
             UserError: no answer can be had, or it is empty. Nothing of it is kept, nor what was said.
         """
         model, chat_format = self.loaded.model, self.loaded.chat_format
-        asked = [*self._front(), *self.turns, Turn("human", text)]
-        prompt = chat_format.encode_prompt(asked, self._answers)
+        said = Turn("human", text)
+        prompt = chat_format.encode_prompt([*self._turns(), said], [each.ids for each in self.rounds])
         left = room(model, prompt)
         if left is not None and left < 1:
             raise UserError(
@@ -62,11 +71,9 @@ class Talk:
         answer = chat_format.decode(found.ids)
         if not answer:
             raise UserError(f"the answer is empty. {TAKEN_BACK}")
-        self.turns += [Turn("human", text), Turn("bot", answer)]
-        self._answers.append(found.ids)
+        self.rounds += (Round(said, Turn("bot", answer), found.ids, found.finished),)
         if found.finished:
             return None
-        self._cut.append(len(self._answers))
         if stopped():
             return "stopped; what stands there counts as the answer"
         if left == len(found.ids):
@@ -82,18 +89,20 @@ class Talk:
         Raises:
             UserError: there is nothing to write, the file is there already, or cannot be written.
         """
-        if not self.turns:
+        if not self.rounds:
             raise UserError("/save: nothing has been said yet.")
         if file.exists() and not overwrite:
             raise UserError(f"/save: {shown(file)} is there already. Replace it by /save! FILE, or name another.")
-        rounds = [{"role": turn.role, "content": turn.content} for turn in (*self._front(), *self.turns)]
+        rounds = [{"role": turn.role, "content": turn.content} for turn in self._turns()]
         try:
             with written_aside(file) as aside:
                 aside.write_text(json_line({"chat_rounds": rounds}) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"/save: {shown(file)} cannot be written ({error.strerror}).") from error
-        cut = f"; answer {', '.join(map(str, self._cut))} is not whole: mend it before you train on it"
-        return f"saved to {shown(file)}{cut if self._cut else ''}"
+        cut = [str(number) for number, each in enumerate(self.rounds, start=1) if not each.finished]
+        told = f"; answer {', '.join(cut)} is not whole: mend it before you train on it" if cut else ""
+        return f"saved to {shown(file)}{told}"
 
-    def _front(self) -> list[Turn]:
-        return [] if self.system is None else [Turn("system", self.system)]
+    def _turns(self) -> list[Turn]:
+        front = [] if self.system is None else [Turn("system", self.system)]
+        return [*front, *(turn for each in self.rounds for turn in (each.said, each.answer))]

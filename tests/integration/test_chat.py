@@ -9,9 +9,12 @@ import os
 import pty
 import re
 import select
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft_lightning.cli import main
 from mft_lightning.commands import chat, conversation
-from mft_lightning.data.records import parse_record
+from mft_lightning.data.records import Turn, parse_record
+from mft_lightning.model.generation import Answer, GenerationSettings
 from tests.integration import preloaded
 from tests.integration.conftest import user_environment
 
@@ -179,6 +183,8 @@ def test_the_options_are_those_of_generate(
         ("/save\n", "/save: give a file"),
         ("/save ~nosuchuser/x.jsonl\n", "/save ~nosuchuser/x.jsonl: nobody has that home directory"),
         (f"/save {'x' * 300}\n", "cannot be used (File name too long)"),
+        ('\n"""a\nb\n', 'standard input, line 2: """ opens a message there that no """ ends'),
+        ('"""a\n/b \udcff"""\n'.encode(errors="surrogateescape"), "line 1: it is not UTF-8"),
         (b"a\xff\n", "line 1: it is not UTF-8 (character 2)"),
         (fenced("a b " * 300) + "\n", "positions. Your words are taken back. /reset starts anew."),
     ],
@@ -202,6 +208,22 @@ def test_only_a_regular_file_is_replaced(piped: Callable[..., tuple[int, str, st
 def test_a_slash_can_be_said(piped: Callable[..., tuple[int, str, str]], checkpoint: Path) -> None:
     expected = by_transformers(checkpoint, [{"role": "user", "content": "/price"}], 30)
     assert piped("//price\n")[1] == expected + "\n"
+    assert piped(fenced("/price") + "\n")[1] == expected + "\n"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["/reset"], ("/reset", True)),
+        (['"""/a', "", 'b"""'], ("/a\n\nb", False)),
+        (["/* a\n */\n\n"], ("/* a\n */", False)),
+        (['"""Doc."""\nx = 1'], ('"""Doc."""\nx = 1', False)),
+        (["//a\n"], ("//a", False)),
+    ],
+)
+def test_a_message_is_a_line_or_fenced_or_pasted(keys: list[str], message: tuple[str, bool]) -> None:
+    line, *more = keys
+    assert chat._message(line, lambda _: more.pop(0)) == message and not more
 
 
 def test_memory_that_runs_out_is_one_message(
@@ -218,15 +240,9 @@ def test_memory_that_runs_out_is_one_message(
 def test_an_empty_answer_is_told_and_leaves_no_turn(
     piped: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversation, "reply", lambda *_, **__: conversation_answer([]))
+    monkeypatch.setattr(conversation, "reply", lambda *_, **__: Answer([], True))
     code, answers, said = piped("a\n")
     assert code == 1 and not answers and "the answer is empty. Your words are taken back." in said
-
-
-def conversation_answer(ids: list[int]) -> Any:
-    from mft_lightning.model.generation import Answer
-
-    return Answer(ids, True)
 
 
 # --- in a terminal
@@ -255,12 +271,13 @@ def test_a_terminal_talks_saves_and_refuses(
     assert "saved to" in it.type(f"/save {saved}\r")
     before = saved.read_bytes()
     it.type(f"{SECOND}\r")
+    it.type(pasted('"""Doc."""\n/reset\n\n'))
     assert "is there already" in it.type(f"/save {saved}\r") and saved.read_bytes() == before
     assert "saved to" in it.type(f"/save! {saved}\r") and saved.read_bytes() != before
     assert "cannot be written" in it.type(f"/save {saved}/x\r")
     assert it.ended("\x04") == 0
     turns = [turn.content for turn in parse_record(saved.read_bytes().strip()).turns]
-    assert turns[:3:2] == [FIRST, "two\nlines"] and turns[4] == SECOND
+    assert turns[::2] == [FIRST, "two\nlines", SECOND, '"""Doc."""\n/reset']
     assert turns[1] == first
 
 
@@ -305,8 +322,74 @@ def test_a_second_ctrl_c_breaks_an_answer_off_and_takes_the_question_back() -> N
         assert stopped()
         with pytest.raises(KeyboardInterrupt):
             interrupts._receive(2, None)
-    with pytest.raises(KeyboardInterrupt):
+    interrupts._receive(2, None)  # between an answer and the prompt
+    with pytest.raises(KeyboardInterrupt), interrupts.raised():
         interrupts._receive(2, None)
+    interrupts._receive(2, None)
+
+
+def test_ctrl_c_while_a_note_is_written_takes_nothing_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Answers:
+        rounds: tuple[str, ...] = ()
+
+        def say(self, text: str, **_: Any) -> str:
+            self.rounds += (text,)
+            return "cut"
+
+    def pressed(text: str | None, note: Callable[[str | None], None] = chat._note) -> None:
+        signal.raise_signal(signal.SIGINT)
+        note(text)
+
+    keys = iter(["a", "b"])
+    talk: Any = Answers()
+    monkeypatch.setattr("builtins.input", lambda _: next(keys, None) or (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr(chat, "_note", pressed)
+    chat._in_terminal(talk)
+    assert talk.rounds == ("a", "b") and capsys.readouterr().err == "(cut)\n(cut)\n"
+
+
+def test_an_answer_is_kept_whole_or_not_at_all_wherever_it_is_broken_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken off before every line of ``say``; the next turn has as many answers as it has ids of answers."""
+
+    class Format:
+        def encode_prompt(self, turns: list[Turn], answers: list[list[int]]) -> list[int]:
+            assert sum(turn.role == "bot" for turn in turns) == len(answers)
+            assert [turn.role for turn in turns[::2]] == ["human"] * (len(answers) + 1)
+            return [1]
+
+        def decode(self, ids: list[int]) -> str:
+            return "b"
+
+    monkeypatch.setattr(conversation, "reply", lambda *_, **__: Answer([2], False))
+    monkeypatch.setattr(conversation, "room", lambda *_: None)
+    loaded: Any = SimpleNamespace(model=None, tokenizer=None, chat_format=Format())
+    talk = conversation.Talk(loaded, GenerationSettings(), None)
+    code, before = conversation.Talk.say.__code__, sys.gettrace()
+    for broken in range(40):
+        left = broken
+
+        def tracing(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal left
+            if frame.f_code is not code:
+                return None
+            if event == "line":
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+            return tracing
+
+        sys.settrace(tracing)
+        try:
+            talk.say("a", tell=print, stopped=lambda: False)
+            break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        talk.say("a", tell=print, stopped=lambda: False)
+    assert 10 < broken < 40
 
 
 def test_an_answer_that_fills_the_positions_says_so(
