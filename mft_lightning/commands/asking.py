@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
+from mft_lightning.commands.devices import check_device
 from mft_lightning.commands.loading import DTYPES, LoadedModel, load_model
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.generation import PRESETS, GenerationSettings
@@ -78,12 +79,7 @@ def check_model_options(options: Namespace) -> None:
     """
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype: {options.dtype!r} is none of {', '.join(DTYPES)}.")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        raise UserError(f"--device {options.device}: {first_line(error)}") from error
-    if device.type == "meta":
-        raise UserError("--device meta: computes nothing. Use cpu or cuda.")
+    check_device(options.device)
 
 
 def check_text(options: Namespace, *keys: str) -> None:

@@ -17,6 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from mft_lightning.aside import written_aside
 from mft_lightning.bars import WorkBar
+from mft_lightning.commands.devices import check_device
 from mft_lightning.commands.loading import DTYPES, base_of, checked_metadata, load_model
 from mft_lightning.commands.logit_difference import PROMPTS, logit_difference
 from mft_lightning.data.tokenizer import save_tokenizer
@@ -96,11 +97,7 @@ def _options(argv: list[str]) -> Namespace:
         raise UserError(f"--dtype: {options.dtype!r} is none of {', '.join(DTYPES)}.")
     if options.merge_into not in INTO:
         raise UserError(f"--merge-into: {options.merge_into!r} is none of {', '.join(INTO)}.")
-    try:
-        if torch.empty(0, device=options.device).is_meta:
-            raise UserError("--device meta: computes nothing. Use cpu or cuda.")
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {options.device}: {first_line(error)}") from error
+    check_device(options.device)
     return options
 
 
