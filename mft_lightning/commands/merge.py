@@ -12,8 +12,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mft_lightning.aside import written_aside
 from mft_lightning.bars import WorkBar
@@ -26,6 +25,7 @@ from mft_lightning.key_errors import parse
 from mft_lightning.model.base import base_digest
 from mft_lightning.model.build import is_adapter
 from mft_lightning.model.export import adapter_dtype, save_base
+from mft_lightning.model.generation_file import saved_generation_config
 from mft_lightning.model.merging import MergedWeights, read_base
 from mft_lightning.model.quantized import DequantizedWeights, require_bitsandbytes, settings_of
 from mft_lightning.model.settings import QLoraSettings
@@ -59,11 +59,12 @@ def merge(argv: list[str]) -> None:
     dtype = base.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     device = torch.device(options.device)
     merged = MergedWeights(adapter, into, dtype, device, f"--adapter {adapter}")
-    _check_base(base, metadata, where, adapter)
     tokenizer = _tokenizer(adapter, path)
     if metadata is not None and tokenizer is not None:
         merged.model.config.eos_token_id = tokenizer.eos_token_id
-    merged.model.generation_config = _generation_config(adapter, path) or merged.model.generation_config
+    own = saved_generation_config(str(adapter), f"--adapter {adapter}")
+    merged.model.generation_config = own or saved_generation_config(path, where) or merged.model.generation_config
+    _check_base(base, metadata, where, adapter)
     if merged.model.config.tie_word_embeddings != base.model.config.tie_word_embeddings:
         print("note: the adapter parts the embeddings from the head; the merged model has both.", file=sys.stderr)
     _write(output, merged, tokenizer, metadata, replace=options.overwrite)
@@ -179,7 +180,7 @@ def _write(
 def _tell_difference(adapter: Path, base: str | None, output: Path, device: torch.device) -> None:
     """Measure how far the merged model is from the adapter on its quantised base, where that can be made here."""
     try:
-        require_bitsandbytes("how far it is from the quantised base + adapter was not measured; that")
+        require_bitsandbytes("how far it is from the quantised base + adapter was not measured")
     except UserError as error:
         print(f"note: {error}", file=sys.stderr)
         return
@@ -202,15 +203,6 @@ def _tokenizer(adapter: Path, base: str) -> PreTrainedTokenizerBase | None:
             raise UserError(f"--adapter {adapter}: its tokenizer cannot be loaded ({first_line(error)}).") from error
         print(f"note: the merged model has no tokenizer: neither the adapter has one nor {base}.", file=sys.stderr)
         return None
-
-
-def _generation_config(adapter: Path, base: str) -> GenerationConfig | None:
-    """The adapter's, or else its base's, if that has one."""
-    if (adapter / GENERATION_CONFIG_NAME).is_file():
-        return GenerationConfig.from_pretrained(adapter)
-    with suppress(OSError):
-        return GenerationConfig.from_pretrained(base)
-    return None
 
 
 def _bytes(weights: Weights) -> int:

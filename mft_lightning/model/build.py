@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,6 +29,7 @@ from mft_lightning.model.adapters import COPY, has_adapters
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
 from mft_lightning.model.base import base_state
 from mft_lightning.model.export import load_state
+from mft_lightning.model.generation_file import saved_generation_config
 from mft_lightning.model.lora import add_lora
 from mft_lightning.model.lora_start import LoraStart
 from mft_lightning.model.objective import Objective
@@ -263,8 +262,8 @@ def sketch_causal_lm(source: ModelSource) -> tuple[PreTrainedModel, Weights]:
         raise UserError(f"model: cannot be made from {source.path!r} ({first_line(error)}).") from error
     if source.init == "random":
         return model, DrawnWeights(deepcopy(model), source.dtype, source.seed)
-    with suppress(OSError):  # which not every model has
-        model.generation_config = GenerationConfig.from_pretrained(source.path)
+    saved = saved_generation_config(source.path, f"model.pretrained_model_path: {source.path}")
+    model.generation_config = saved or model.generation_config
     return model, StoredWeights(deepcopy(model), source.dtype, source.path)
 
 

@@ -7,7 +7,6 @@ is done in host memory, so that a base has the same bits whatever device it trai
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from copy import deepcopy
 from dataclasses import fields
 from importlib.util import find_spec
@@ -17,10 +16,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from mft_lightning.errors import UserError, first_line
+from mft_lightning.model.generation_file import saved_generation_config
 from mft_lightning.model.settings import QLoraSettings
 from mft_lightning.model.weights import StoredWeights, Weights, filled, materialise, sketch
 
@@ -113,8 +113,7 @@ def quantized_causal_lm(
         model = sketch(AutoConfig.from_pretrained(path), dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: cannot be loaded ({first_line(error)}).") from error
-    with suppress(OSError):  # which not every model has
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.generation_config = saved_generation_config(path, where) or model.generation_config
     weights = StoredWeights(deepcopy(model), dtype, path, where=where)
     quantize(model, settings)
     materialise_quantized(model, weights)

@@ -314,6 +314,24 @@ def test_a_sharded_checkpoint_is_for_consolidate(refuse: Callable[..., str], ada
 
 
 # --- an adapter that was trained elsewhere
+@pytest.mark.parametrize("words", ['{"max_new_', "[]", '{"max_new_tokens": -3}', '{"do_sample": false, "top_p": 0.9}'])
+def test_a_generation_config_that_cannot_be_is_refused(
+    refuse: Callable[..., str], adapter: Path, tmp_path: Path, words: str
+) -> None:
+    """Of a base too, which may have none at all."""
+    base, bare = tmp_path / "base", tmp_path / "bare"
+    shutil.copytree(adapter.parent / "base", base)
+    shutil.copytree(adapter, bare, ignore=shutil.ignore_patterns("checkpoint.json", "generation_config.json"))
+    (base / "generation_config.json").write_text(words)
+    given = ("--base", str(base))
+    assert f"--base {base}: its generation_config.json cannot be used (" in refuse(*given, adapter=bare)
+    shutil.copy(base / "generation_config.json", bare)
+    assert f"--adapter {bare}: its generation_config.json cannot be used (" in refuse(*given, adapter=bare)
+    for directory in (base, bare):
+        (directory / "generation_config.json").unlink()
+    assert main(["merge", "--adapter", str(bare), *given, "--output", str(tmp_path / "merged")]) == 0
+
+
 
 
 def test_an_adapter_from_elsewhere_is_merged_and_its_base_is_said_to_be_unchecked(
