@@ -33,6 +33,7 @@ from mft_lightning.model.weights import Weights
 from mft_lightning.paths import given_path
 from mft_lightning.quiet import quieten
 from mft_lightning.training.checkpoint_dirs import write_metadata
+from mft_lightning.training.run_lock import only_run_in
 
 INTO = ("base", QUANTIZED := "quantized-base")
 MADE_OF = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin", ".md")  # the files of a model directory
@@ -43,14 +44,36 @@ def merge(argv: list[str]) -> None:
     quieten()
     options = _options(argv)
     adapter, output = given_path(options.adapter, "--adapter"), given_path(options.output, "--output")
-    if not options.overwrite and output.exists():
+    if not options.overwrite and (output.exists() or output.is_symlink()):
         raise UserError(f"--output {output}: is there already. Give a new directory, or --overwrite.")
     metadata = checked_metadata(adapter, "--adapter")
     if not is_adapter(adapter):
         raise UserError(f"--adapter {adapter}: holds no adapter; a full checkpoint is a whole model as it is.")
     path, where = base_of(adapter, "--adapter", options.base)
-    if output.exists():
+    if output.exists() or output.is_symlink():
         output = _replaceable(output, {f"--adapter {adapter}": adapter, where: Path(path)})
+    lock = output.with_name(f".{output.name}.merging")
+    try:
+        with only_run_in(lock, "--output"):
+            _merge(options, adapter, output, metadata, path, where)
+    finally:
+        with suppress(OSError):  # what a killed process left; not there, or another's at work
+            lock.rmdir()
+
+
+def _merge(
+    options: Namespace, adapter: Path, output: Path, metadata: dict[str, Any] | None, path: str, where: str
+) -> None:
+    """Merge and tell.
+
+    Args:
+        options: of the command line.
+        adapter: the directory.
+        output: the directory, which is not there or may be replaced.
+        metadata: of the adapter.
+        path: the base, a directory or hub id.
+        where: what messages call the base.
+    """
     quantization = _quantization(options, metadata)
     base = read_base(path, None if metadata is None else getattr(torch, adapter_dtype(adapter)), where)
     into: Weights = base
@@ -119,7 +142,7 @@ def _quantization(options: Namespace, metadata: dict[str, Any] | None) -> QLoraS
 
 
 def _replaceable(output: Path, inputs: Mapping[str, Path]) -> Path:
-    """A directory that may be replaced, by its full name: not what is no model, nor what the model is made from.
+    """A directory that may be replaced, by its full name: empty, or a model, and not what the model is made from.
 
     Args:
         output: the directory that is there.
@@ -127,11 +150,17 @@ def _replaceable(output: Path, inputs: Mapping[str, Path]) -> Path:
     """
     there = output.resolve()
     for name, path in inputs.items():
-        if path.resolve().is_relative_to(there):
+        if any(part.resolve().is_relative_to(there) for part in (path, *path.rglob("*"))):  # a part may be a link
             raise UserError(f"--output {output}: holds what is merged ({name}). Give another directory.")
-    if output.is_symlink() or not (output / "config.json").is_file():
+    entries = sorted(output.iterdir()) if output.is_dir() and not output.is_symlink() else None
+    if entries is None or (entries and not (output / "config.json").is_file()):
         raise UserError(f"--overwrite: {output} is no model directory. Give another --output, or remove it yourself.")
-    for entry in sorted(output.iterdir()):
+    for entry in entries:
+        if entry.is_symlink():
+            raise UserError(
+                f"--overwrite: {output} holds {entry.name}, which is a link. Give another --output, or remove it "
+                "yourself."
+            )
         if not entry.is_file() or entry.suffix not in MADE_OF:
             raise UserError(
                 f"--overwrite: {output} holds {entry.name}, which is no part of a model. Give another --output, or "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
@@ -20,7 +22,9 @@ from mft_lightning.cli import main
 from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.export import adapter_dtype
 from mft_lightning.training.checkpoint_dirs import read_metadata
+from mft_lightning.training.run_lock import only_run_in
 from tests.integration.conftest import everything, same_weights, weights, written_again
+from tests.training.test_run_lock import started
 
 PROMPT = "Write a test for this function:\n\ndef check_size(size):\n    return size != 7"
 IDS = torch.arange(2, 62).view(2, 30)
@@ -169,7 +173,7 @@ def test_the_base_of_a_moved_run_may_be_given(adapter: Path, merged: Path, tmp_p
 # --- refusals
 
 
-@pytest.mark.parametrize("kind", ["empty directory", "model", "file"])
+@pytest.mark.parametrize("kind", ["empty directory", "model", "file", "link to nothing"])
 def test_an_output_that_is_there_is_left_as_it_is(
     refuse: Callable[..., str], adapter: Path, merged: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -178,8 +182,10 @@ def test_an_output_that_is_there_is_left_as_it_is(
         shutil.copytree(merged, output)
     elif kind == "file":
         output.write_text("mine")
-    else:
+    elif kind == "empty directory":
         output.mkdir()
+    else:
+        output.symlink_to(tmp_path / "nowhere")
     assert f"--output {output}: is there already" in refuse(adapter=adapter, output=output)
 
 
@@ -278,11 +284,6 @@ def test_a_write_that_fails_halfway_is_no_model_and_can_be_repeated(
     assert same_weights(output, merged) and not (output / "left.txt").exists()
 
 
-def test_a_write_that_fails_leaves_nothing(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    assert "cannot be written" in refuse(adapter=adapter, output=tmp_path / "link")
-
-
 @pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta", "hpu", "mps"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(
     refuse: Callable[..., str], tmp_path: Path, device: str
@@ -313,7 +314,6 @@ def test_a_sharded_checkpoint_is_for_consolidate(refuse: Callable[..., str], ada
     assert f"consolidate --checkpoint {sharded}" in refuse(adapter=sharded)
 
 
-# --- an adapter that was trained elsewhere
 @pytest.mark.parametrize("words", ['{"max_new_', "[]", '{"max_new_tokens": -3}', '{"do_sample": false, "top_p": 0.9}'])
 def test_a_generation_config_that_cannot_be_is_refused(
     refuse: Callable[..., str], adapter: Path, tmp_path: Path, words: str
@@ -332,6 +332,7 @@ def test_a_generation_config_that_cannot_be_is_refused(
     assert main(["merge", "--adapter", str(bare), *given, "--output", str(tmp_path / "merged")]) == 0
 
 
+# --- an adapter that was trained elsewhere
 
 
 def test_an_adapter_from_elsewhere_is_merged_and_its_base_is_said_to_be_unchecked(
@@ -380,7 +381,7 @@ def test_a_model_that_is_there_is_replaced_when_asked(adapter: Path, merged: Pat
     assert {path.name for path in output.iterdir()} == {path.name for path in merged.iterdir()}
 
 
-@pytest.mark.parametrize("kind", ["file", "empty directory", "no model", "more than a model", "link"])
+@pytest.mark.parametrize("kind", ["file", "no model", "more than a model", "link", "link to nothing", "linked file"])
 def test_what_is_no_model_is_not_replaced(
     refuse: Callable[..., str], adapter: Path, merged: Path, full: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -390,15 +391,27 @@ def test_what_is_no_model_is_not_replaced(
     elif kind == "link":
         shutil.copytree(merged, tmp_path / "model")
         output.symlink_to(tmp_path / "model")
+    elif kind == "link to nothing":
+        output.symlink_to(tmp_path / "nowhere")
+    elif kind == "linked file":
+        shutil.copytree(merged, output)
+        (output / "config.json").rename(tmp_path / "config.json")
+        (output / "config.json").symlink_to(tmp_path / "config.json")
     elif kind == "more than a model":
         shutil.copytree(full, output)
     else:
         output.mkdir()
-        if kind == "no model":
-            (output / "letters.txt").write_text("mine")
+        (output / "letters.txt").write_text("mine")
     message = refuse("--overwrite", adapter=adapter, output=output)
     assert message.startswith(f"error: --overwrite: {output} ")
-    assert ("holds trainer.pt" if kind == "more than a model" else "is no model directory") in message
+    expected = {"more than a model": "holds trainer.pt", "linked file": "holds config.json, which is a link"}
+    assert expected.get(kind, "is no model directory") in message
+
+
+def test_an_empty_directory_may_be_replaced(adapter: Path, merged: Path, tmp_path: Path) -> None:
+    (output := tmp_path / "empty").mkdir()
+    assert main(["merge", "--adapter", str(adapter), "--output", str(output), "--overwrite"]) == 0
+    assert same_weights(output, merged)
 
 
 def test_what_is_merged_is_not_replaced(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
@@ -409,6 +422,33 @@ def test_what_is_merged_is_not_replaced(refuse: Callable[..., str], adapter: Pat
     for output in (run, run / adapter.name, run / "base", run / "base" / ".." / "base"):
         message = refuse(*given, adapter=run / adapter.name, output=output)
         assert message.startswith(f"error: --output {output}: holds what is merged (")
+
+
+def test_what_is_merged_is_not_replaced_where_its_files_are_links(
+    refuse: Callable[..., str], adapter: Path, tmp_path: Path
+) -> None:
+    for name, directory in (("base", adapter.parent / "base"), ("adapter", adapter)):
+        shutil.copytree(directory, tmp_path / "store" / name)
+        (tmp_path / name).mkdir()
+        for file in (tmp_path / "store" / name).iterdir():
+            (tmp_path / name / file.name).symlink_to(file)
+    (tmp_path / "store" / "adapter" / "config.json").write_text("{}")
+    given = ("--overwrite", "--base", str(tmp_path / "base"))
+    for name, what in (("base", f"--base {tmp_path / 'base'}"), ("adapter", f"--adapter {tmp_path / 'adapter'}")):
+        message = refuse(*given, adapter=tmp_path / "adapter", output=tmp_path / "store" / name)
+        assert f"holds what is merged ({what})" in message
+
+
+def test_a_second_merge_into_a_directory_is_refused(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
+    other = started(only_run_in(tmp_path / ".merged.merging").__enter__)
+    try:
+        message = refuse(adapter=adapter, output=tmp_path / "merged")
+        assert "another run is at work in" in message and f"(process {other} on" in message
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    assert main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "merged")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_the_old_model_stays_where_the_new_one_fails(
