@@ -23,7 +23,7 @@ from mft_lightning.model.quantized import quantized_causal_lm, settings_of
 from mft_lightning.model.weight_files import MODEL_SHARDS, open_adapter
 from mft_lightning.model.whole_modules import make_room
 from mft_lightning.paths import given_path
-from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
+from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_model
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -63,7 +63,7 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
 
 
 def checked_metadata(directory: Path, key: str) -> dict[str, Any] | None:
-    """What ``checkpoint.json`` says of a full model or an adapter, once its weights are known to be as written.
+    """What ``checkpoint.json`` says of a full model or an adapter, once its files are known to be as written.
 
     Args:
         directory: the model or adapter.
@@ -86,7 +86,7 @@ def checked_metadata(directory: Path, key: str) -> dict[str, Any] | None:
         )
     if not (directory / METADATA).is_file():
         return None
-    verify_weights(directory)
+    verify_model(directory)
     return read_metadata(directory)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,18 +126,27 @@ def verify(directory: Path) -> CheckpointInfo:
         UserError: naming the file that is not.
     """
     info = read_checkpoint(directory)
-    _verify_files(directory, "")
+    _verify_files(directory, lambda name: True)
     return info
 
 
 def verify_weights(directory: Path) -> None:
-    """Raise :class:`UserError` if the weights are not those that were written; other files are for the user to edit."""
-    _verify_files(directory, ".safetensors")
+    """Raise :class:`UserError` if the weights are not those that were written."""
+    _verify_files(directory, lambda name: name.endswith(".safetensors"))
 
 
-def _verify_files(directory: Path, suffix: str) -> None:
+def verify_model(directory: Path) -> None:
+    """Raise :class:`UserError` if the weights, the tokenizer or the configuration are not those that were written.
+
+    An adapter's configuration is for the user to edit: it says where the base is. The trainer's state is no part of the
+    model, and may be gone.
+    """
+    _verify_files(directory, lambda name: name not in (TRAINER_STATE, "adapter_config.json"))
+
+
+def _verify_files(directory: Path, is_meant: Callable[[str], bool]) -> None:
     for name, written in read_metadata(directory)["files"].items():
-        if not name.endswith(suffix):
+        if not is_meant(name):
             continue
         try:
             found = _checksum(directory / name)
