@@ -19,7 +19,7 @@ from mft_lightning.bars import WorkBar
 from mft_lightning.commands.devices import check_device
 from mft_lightning.commands.loading import DTYPES, base_of, checked_metadata, load_model
 from mft_lightning.commands.logit_difference import PROMPTS, logit_difference
-from mft_lightning.data.tokenizer import save_tokenizer
+from mft_lightning.data.tokenizer import has_tokenizer, save_tokenizer, saved_tokenizer
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.key_errors import parse
 from mft_lightning.model.base import base_digest
@@ -82,7 +82,7 @@ def _merge(
     dtype = base.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     device = torch.device(options.device)
     merged = MergedWeights(adapter, into, dtype, device, f"--adapter {adapter}")
-    tokenizer = _tokenizer(adapter, path)
+    tokenizer = _tokenizer(adapter, path, where)
     if metadata is not None and tokenizer is not None:
         merged.model.config.eos_token_id = tokenizer.eos_token_id
     own = saved_generation_config(str(adapter), f"--adapter {adapter}")
@@ -222,16 +222,14 @@ def _tell_difference(adapter: Path, base: str | None, output: Path, device: torc
     )
 
 
-def _tokenizer(adapter: Path, base: str) -> PreTrainedTokenizerBase | None:
+def _tokenizer(adapter: Path, base: str, where: str) -> PreTrainedTokenizerBase | None:
     """The adapter's tokenizer, or else its base's, as it is."""
-    own = any((adapter / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    try:
-        return AutoTokenizer.from_pretrained(adapter if own else base)
-    except (OSError, ValueError) as error:
-        if own:
-            raise UserError(f"--adapter {adapter}: its tokenizer cannot be loaded ({first_line(error)}).") from error
-        print(f"note: the merged model has no tokenizer: neither the adapter has one nor {base}.", file=sys.stderr)
-        return None
+    if has_tokenizer(str(adapter)):
+        return saved_tokenizer(str(adapter), f"--adapter {adapter}")
+    if has_tokenizer(base):
+        return saved_tokenizer(base, where)
+    print(f"note: the merged model has no tokenizer: neither the adapter has one nor {base}.", file=sys.stderr)
+    return None
 
 
 def _bytes(weights: Weights) -> int:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
+from transformers.utils import cached_file
 
 from mft_lightning.data.chat_encoder import marker
 from mft_lightning.data.chat_format import CHAT_TEMPLATE
@@ -18,10 +19,38 @@ from mft_lightning.errors import UserError, first_line
 NEOX_PAD = "<|padding|>"
 # of classes of transformers 5 in transformers 4
 NAMES_BEFORE = {"TokenizersBackend": "PreTrainedTokenizerFast", "GPTNeoXTokenizer": "GPTNeoXTokenizerFast"}
+# one of which every tokenizer has; without any transformers makes some an empty one
+FILES = (FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+
+
+def has_tokenizer(path: str) -> bool:
+    """Whether there is a tokenizer in a directory or hub id, damaged or not."""
+    return any(cached_file(path, name, _raise_exceptions_for_missing_entries=False) is not None for name in FILES)
+
+
+def saved_tokenizer(path: str, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a directory or hub id, as it is.
+
+    Args:
+        path: directory or hub id.
+        where: what messages call it.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers has no class of its own for what it cannot read
+        raise UserError(f"{where}: its tokenizer cannot be loaded ({first_line(error)}).") from error
 
 
 def load_tokenizer(
-    path: str, *, eos_token: str | None = None, pad_token: str | None = None, trust_remote_code: bool = False
+    path: str,
+    *,
+    eos_token: str | None = None,
+    pad_token: str | None = None,
+    trust_remote_code: bool = False,
+    where: str = "model.tokenizer_path (default: model.pretrained_model_path)",
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a local directory or a hub id.
 
@@ -30,20 +59,23 @@ def load_tokenizer(
         eos_token: closes every answer; default the tokenizer's own.
         pad_token: fills padded rows; default ``<|padding|>`` where the tokenizer has it, else its own, else eos.
         trust_remote_code: run code that comes with the tokenizer.
+        where: what messages call it.
 
     Raises:
         UserError: nothing there, or a token that the tokenizer lacks.
     """
     if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
         raise UserError(f"model.pretrained_model_path: no such directory: {path}.")
+    if Path(path).is_dir() and not has_tokenizer(path):
+        raise UserError(f"{where}: no tokenizer in {path!r}. Give a directory that holds tokenizer files.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except StrictDataclassError as error:
         raise contradictory(path, error) from error
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers has no class of its own for what it cannot read
         raise UserError(
-            f"model.tokenizer_path (default: model.pretrained_model_path): no tokenizer in {path!r} "
-            f"({first_line(error)}). Give a directory that holds tokenizer files, or a hub id that can be reached."
+            f"{where}: no tokenizer in {path!r} ({first_line(error)}). Give a directory that holds tokenizer files, "
+            "or a hub id that can be reached."
         ) from error
     vocabulary = tokenizer.get_vocab()
     for key, token in (("data.eos_token", eos_token), ("data.pad_token", pad_token)):
