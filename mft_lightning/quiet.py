@@ -48,6 +48,7 @@ def quieten() -> None:
         logging.getLogger(name).addFilter(_is_news)  # a filter is kept once, however often it is added
     # of kernels it would like to fetch from a hub, and, at every step, of the float16 that 8 bits are computed in
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # how often it tries again
     transformers.utils.logging.disable_progress_bar()
     if threading.excepthook is threading.__excepthook__:
         threading.excepthook = _tell_of_thread

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME, cached_file
 
 from mft_lightning.data.chat_format import ChatFormat
-from mft_lightning.data.tokenizer import load_tokenizer
+from mft_lightning.data.tokenizer import has_tokenizer, load_tokenizer
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.buffers import unsaved_buffers_kept
@@ -51,13 +52,17 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
         UserError: the directory is no model, or its base is gone or is not the one the adapter was trained on.
     """
     metadata = checked_metadata(directory, key)
+    asked = str(directory)
     if is_adapter(directory):
-        model = _with_adapter(directory, key, base, metadata)
+        found, where = base_of(directory, key, base)
+        model = _with_adapter(directory, key, found, where, metadata)
+        if not has_tokenizer(asked):
+            asked = found
         with unsaved_buffers_kept(model):
             model = model if dtype == "auto" else model.to(getattr(torch, dtype))
     else:
         model = _pretrained(directory, f"{key} {directory}", dtype)
-    tokenizer = load_tokenizer(str(directory))
+    tokenizer = load_tokenizer(asked, where=f"{key} {directory}")
     normalize = metadata is not None and metadata["chat_format"]["normalize_punctuation"]
     return LoadedModel(model.eval(), tokenizer, ChatFormat(tokenizer, normalize_punctuation=normalize))
 
@@ -97,18 +102,25 @@ def _pretrained(path: Path | str, where: str, dtype: str) -> Any:
         raise UserError(f"{where}: cannot be loaded ({first_line(error)}).") from error
 
 
-def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[str, Any] | None) -> Any:
-    """The adapter on its base, in the dtype it was trained in, if the base is bit for bit the one of that run."""
-    found, where = base_of(directory, key, base)
+def _with_adapter(directory: Path, key: str, base: str, where: str, metadata: dict[str, Any] | None) -> Any:
+    """The adapter on its base, in the dtype it was trained in, if the base is bit for bit the one of that run.
+
+    Args:
+        directory: the adapter.
+        key: the command-line key that named it, for messages.
+        base: a directory or hub id.
+        where: what messages call the base.
+        metadata: of the adapter.
+    """
     from peft import PeftModel  # here for the start-up time of asking a full model
 
     described = {} if metadata is None else metadata["fingerprint"]
     settings, kind = settings_of(described), adapter_dtype(directory)
     weights: Mapping[str, torch.Tensor] | None = None
     if settings is None:
-        model = _pretrained(found, where, kind)
+        model = _pretrained(base, where, kind)
     else:
-        model, weights = quantized_causal_lm(found, getattr(torch, kind), settings, where)
+        model, weights = quantized_causal_lm(base, getattr(torch, kind), settings, where)
     here = base_digest(base_state(model) if weights is None else weights)  # before it gets rows for embeddings
     try:
         make_room(model, open_adapter(directory))
@@ -118,8 +130,8 @@ def _with_adapter(directory: Path, key: str, base: str | None, metadata: dict[st
     trained_on = described.get("frozen base (digest)")
     if trained_on not in (None, here):
         raise UserError(
-            f"{where}: is not the base that {directory.name} was trained on (digest {here}, trained on {trained_on}). "
-            "Give the base of that run."
+            f"{where}: is not the base that {directory.resolve().name} was trained on (digest {here}, trained on "
+            f"{trained_on}). Give the base of that run."
         )
     return model
 
@@ -133,20 +145,29 @@ def base_of(directory: Path, key: str, given: str | None = None) -> tuple[str, s
         given: the base to take in place of the one it names.
 
     Raises:
-        UserError: the adapter names none, or it is not there.
+        UserError: the adapter names none, or it is not there, nor on the hub.
     """
+    if given == "":
+        raise UserError("--base: names no base. Give a model directory or hub id.")
     found = _named_base(directory, key) if given is None else given
     where = f"{key} {directory}: its base {found}" if given is None else f"--base {found}"
     path = given_path(found, f"{key} {directory}: its base" if given is None else "--base")
     if found.startswith(("/", ".", "~")) and not path.is_dir():
         raise UserError(f"{where}: is no directory.")
+    if not path.is_dir():
+        try:
+            cached_file(found, CONFIG_NAME)
+        except OSError as error:
+            raise UserError(
+                f"{where}: there is no such directory here, and the hub does not give one ({first_line(error)})."
+            ) from error
     return str(path) if found.startswith("~") else found, where
 
 
 def _named_base(directory: Path, key: str) -> str:
     """The base that an adapter names; of a moved run with a random base, the one that moved along."""
-    named, beside = adapter_base(directory), directory.parent / "base"
-    if not isinstance(named, str):
+    named, beside = adapter_base(directory), directory.resolve().parent / "base"
+    if not isinstance(named, str) or not named:
         raise UserError(f"{key} {directory}: its adapter_config.json names no base. Give one with --base.")
     if not Path(named).is_absolute() or Path(named).is_dir():
         return named

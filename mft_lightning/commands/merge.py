@@ -12,7 +12,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mft_lightning.aside import written_aside
 from mft_lightning.bars import WorkBar
@@ -179,8 +179,8 @@ def _check_base(base: Weights, metadata: dict[str, Any] | None, where: str, adap
         here = base_digest(Watched(base, bar))
     if here != trained_on:
         raise UserError(
-            f"{where}: is not the base that {adapter.name} was trained on (digest {here}, trained on {trained_on}). "
-            "Give the base of that run."
+            f"{where}: is not the base that {adapter.resolve().name} was trained on (digest {here}, trained on "
+            f"{trained_on}). Give the base of that run."
         )
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -254,7 +253,7 @@ def adapter_dtype(directory: Path) -> str:
         UserError: its weights cannot be read.
     """
     try:
-        with safe_open(directory / ADAPTER_FILE, framework="pt") as file:
-            return str(file.get_tensor(next(iter(file.keys()))).dtype).removeprefix("torch.")
-    except (OSError, SafetensorError, StopIteration) as error:
-        raise UserError(f"{directory / ADAPTER_FILE}: cannot be read ({first_line(error)}).") from error
+        files = open_adapter(directory)
+        return str(files.read(files.names()[0]).dtype).removeprefix("torch.")
+    except UNREADABLE as error:
+        raise UserError(f"{directory}: its adapter cannot be read ({first_line(error)}).") from error
