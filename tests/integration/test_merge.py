@@ -170,6 +170,25 @@ def test_the_base_of_a_moved_run_may_be_given(adapter: Path, merged: Path, tmp_p
     assert same_weights(tmp_path / "merged", merged)
 
 
+def test_a_base_that_moved_along_is_found_by_every_spelling(
+    adapter: Path, merged: Path, full: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(adapter, run / adapter.name)
+    shutil.copytree(adapter.parent / "base", run / "base")
+    config = run / adapter.name / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(adapter.parent), "/no/such"))
+    (tmp_path / "link").symlink_to(run / adapter.name)
+    for number, (here, spelt) in enumerate([(run / adapter.name, "."), (run, str(tmp_path / "link"))]):
+        with chdir(here):
+            assert main(["merge", "--adapter", spelt, "--output", str(tmp_path / str(number))]) == 0
+        assert same_weights(tmp_path / str(number), merged)
+    capsys.readouterr()
+    with chdir(run / adapter.name):
+        assert main(["merge", "--adapter", ".", "--base", str(full), "--output", str(tmp_path / "new")]) == 1
+    assert f"is not the base that {adapter.name} was trained on" in capsys.readouterr().err
+
+
 # --- refusals
 
 
@@ -216,9 +235,14 @@ def test_a_base_of_another_shape_is_refused(refuse: Callable[..., str], adapter:
     assert "cannot be put on its base" in refuse("--base", str(tmp_path / "base"), adapter=adapter)
 
 
-def test_a_base_that_is_not_there_is_named(refuse: Callable[..., str], adapter: Path, tmp_path: Path) -> None:
+def test_a_base_that_is_not_there_is_named(
+    refuse: Callable[..., str], adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gone = tmp_path / "gone"
     assert f"--base {gone}: is no directory" in refuse("--base", str(gone), adapter=adapter)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refuse("--base", "no-such-model", adapter=adapter)
+    assert "--base no-such-model: there is no such directory here, and the hub does not give one (" in message
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "no weights", "damaged weights", "no base"])
@@ -332,18 +356,69 @@ def test_a_generation_config_that_cannot_be_is_refused(
     assert main(["merge", "--adapter", str(bare), *given, "--output", str(tmp_path / "merged")]) == 0
 
 
+@pytest.mark.parametrize("words", ['{"version": "1.0", ', "{}", '{"added_tokens": [], "model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_of_a_base_is_not_left_out(
+    refuse: Callable[..., str], adapter: Path, tmp_path: Path, words: str
+) -> None:
+    base, bare = tmp_path / "base", peft_alone(adapter, tmp_path)
+    shutil.copytree(adapter.parent / "base", base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(adapter / name, base)
+    (base / "tokenizer.json").write_text(words)
+    assert f"--base {base}: its tokenizer cannot be loaded (" in refuse("--base", str(base), adapter=bare)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "generation_config.json"])
+def test_a_checkpoints_small_files_are_as_they_were_written(
+    refuse: Callable[..., str], adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """But for trainer.pt, which may be gone, and adapter_config.json, which says where the base is."""
+    copy = tmp_path / adapter.name
+    shutil.copytree(adapter, copy)
+    (copy / name).write_bytes((copy / name).read_bytes()[:-20])
+    assert f"{name} is not as it was written (SHA-256)" in refuse(adapter=copy)
+    assert main(["generate", "--model", str(copy), "--prompt", PROMPT]) == 1
+    assert f"{name} is not as it was written (SHA-256)" in capsys.readouterr().err
+    shutil.copy(adapter / name, copy)
+    (copy / "trainer.pt").unlink()
+    (copy / "adapter_config.json").write_text((copy / "adapter_config.json").read_text() + "\n")
+    assert main(["merge", "--adapter", str(copy), "--output", str(tmp_path / "merged")]) == 0
+
+
 # --- an adapter that was trained elsewhere
+
+
+def peft_alone(adapter: Path, directory: Path, *, safe: bool = True) -> Path:
+    """What peft writes of an adapter, now or before it knew safetensors."""
+    (bare := directory / "bare").mkdir()
+    shutil.copy(adapter / "adapter_config.json", bare)
+    if safe:
+        shutil.copy(adapter / "adapter_model.safetensors", bare)
+    else:
+        torch.save(load_file(adapter / "adapter_model.safetensors"), bare / "adapter_model.bin")
+    return bare
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_it_is_asked_with_the_tokenizer_of_its_base(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], safe: bool
+) -> None:
+    bare, base = peft_alone(adapter, tmp_path, safe=safe), tmp_path / "base"
+    shutil.copytree(adapter.parent / "base", base, ignore=shutil.ignore_patterns("tokenizer*"))
+    config = bare / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(adapter.parent / "base"), str(base)))
+    assert main(["generate", "--model", str(bare), "--prompt", PROMPT]) == 1
+    assert f"error: --model {bare}: no tokenizer in '{base}'" in capsys.readouterr().err
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(adapter / name, base)
+    assert answered(bare, capsys) == answered(adapter, capsys)
 
 
 def test_an_adapter_from_elsewhere_is_merged_and_its_base_is_said_to_be_unchecked(
     adapter: Path, merged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is what peft writes, and the tokenizer is with its base."""
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(adapter / name, bare / name)
-    base = tmp_path / "base"
+    bare, base = peft_alone(adapter, tmp_path), tmp_path / "base"
     shutil.copytree(adapter.parent / "base", base)
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     tokenizer.chat_template = "{{ messages }}"
@@ -362,8 +437,10 @@ def test_an_adapter_that_names_no_base_needs_one(refuse: Callable[..., str], ada
     nameless = tmp_path / "run" / adapter.name
     shutil.copytree(adapter, nameless)
     config = nameless / "adapter_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": None}))
-    assert "names no base. Give one with --base" in refuse(adapter=nameless)
+    for nothing in (None, ""):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": nothing}))
+        assert "names no base. Give one with --base" in refuse(adapter=nameless)
+    assert "--base: names no base" in refuse("--base", "", adapter=nameless)
     config.write_text("{")
     assert f"{config}: cannot be read" in refuse(adapter=nameless)
 
