@@ -40,7 +40,7 @@ def whole_modules(
     names = asked if asked is not None else both if new_tokens or grown else []
     own = {path: module for path, module in model.named_modules() if any(True for _ in module.parameters(False))}
     layers = {path for path, module in own.items() if not any(True for _ in module.children())}
-    for name in names:
+    for name in dict.fromkeys([*names, *both] if grown else names):
         found = [path for path, _ in model.named_modules() if path.endswith(name)]  # as peft looks for them
         if not found or not all(path in layers and f".{path}".endswith(f".{name}") for path in found):
             known = sorted({path.rpartition(".")[2] for path in layers})
@@ -57,6 +57,11 @@ def whole_modules(
             remedy = "Leave it out"
             if asked is None:
                 remedy = "Set it to [], so that new tokens keep the rows they have"
+            if grown:
+                text = ", data.role_tokens: text" if new_tokens else ""
+                remedy = (
+                    f"Rows must be added for the tokenizer's tokens, and train: use a base with room for them{text}"
+                )
             raise UserError(
                 f"{KEY}: {name} is tied: one matrix is the model's embeddings and its head, and a copy that trains "
                 f"would part them. {remedy}, or train all weights (model.peft_type: null)."

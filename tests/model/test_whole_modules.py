@@ -290,13 +290,16 @@ def test_what_cannot_train_whole_is_refused(stored: Path, asked: list[str], mess
         built(stored, added=True, modules_to_save=asked, sketched=True)
 
 
-@pytest.mark.parametrize("asked", [None, ["lm_head"]])
+@pytest.mark.parametrize("asked", [None, [], ["lm_head"]])
 def test_one_matrix_for_embeddings_and_head_is_refused(stored: Path, tmp_path: Path, asked: list[str] | None) -> None:
+    """Where rows must be added nothing is offered that is refused in its turn."""
     shutil.copytree(stored, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="is tied: one matrix is the model's embeddings and its head"):
+    with pytest.raises(UserError, match="is tied: one matrix is the model's embeddings and its head") as caught:
         built(tmp_path, added=True, modules_to_save=asked, init="random", sketched=True)
+    assert "a base with room for them, data.role_tokens: text, or train all weights" in str(caught.value)
+    assert "[]" not in str(caught.value) and "Leave" not in str(caught.value)
 
 
 def test_what_several_devices_cut_does_not_train_whole(stored: Path) -> None:
