@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from mft_lightning.errors import UserError
 from mft_lightning.model.build import adapter_base
 from mft_lightning.model.module import MFTModule
-from mft_lightning.model.quantized import described
+from mft_lightning.model.quantized import KEY, described
 from mft_lightning.screen import shown
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
 
@@ -18,6 +18,8 @@ LOST = (
     "losses before and after may measure different data, and so may the best; and no one configuration makes this run "
     "again."
 )
+ADAPTER, FROZEN, BITS = "model.lora", "frozen base (digest)", KEY + "bits"  # as a checkpoint describes itself
+FOLLOWS = {KEY + "compute_dtype": " (it follows trainer.precision where it is not set)"}
 UNSAID = {"data.role_tokens": "text"}  # by checkpoints from before it could be anything else
 
 
@@ -36,10 +38,36 @@ def check_same_run(directory: Path, now: dict[str, Any], may_change: Collection[
         UserError: naming each key that differs and may not, and its two values.
     """
     saved = {**UNSAID, **read_metadata(directory)["fingerprint"]}
-    said = {key: f"{key} was {saved.get(key)!r}, is {now[key]!r}" for key in now if saved.get(key) != now[key]}
+    said = _differences(saved, now)
     if refused := [text for key, text in said.items() if key not in may_change]:
         raise UserError(f"--ckpt_path: {directory.name} belongs to another run: {'; '.join(refused)}. Set them back.")
     return list(said.values())
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+    """What differs, by key, in keys that can be set: what only comes or goes with another of them is not said."""
+    said = {
+        key: f"{key} was {saved.get(key)!r}, is {now[key]!r}{FOLLOWS.get(key, '')}"
+        for key in now
+        if saved.get(key) != now[key]
+    }
+    before, after = (_peft_type(of) if ADAPTER in now else None for of in (saved, now))
+    if before == after and BITS not in said:
+        return said
+    said = {
+        key: text for key, text in said.items() if not (_is_of_adapters(key) and None in (saved.get(key), now[key]))
+    }
+    return said if before == after else {"model.peft_type": f"model.peft_type was {before!r}, is {after!r}", **said}
+
+
+def _peft_type(told: Mapping[str, Any]) -> str | None:
+    if told.get(BITS) is not None:
+        return "qlora"
+    return None if told.get(ADAPTER) is None else "lora"
+
+
+def _is_of_adapters(key: str) -> bool:
+    return key in (ADAPTER, FROZEN) or key.startswith(KEY)
 
 
 def check_start(module: MFTModule, role_tokens: str) -> list[str]:
@@ -60,7 +88,7 @@ def check_start(module: MFTModule, role_tokens: str) -> list[str]:
     if module.lora.start_from is None or module.built.start is None or module.built.start.stored is None:
         return []
     directory, held = Path(module.lora.start_from).expanduser(), next(iter(module.built.start.stored.values())).dtype
-    key, trained_on, notes = "frozen base (digest)", None, []
+    key, trained_on, notes = FROZEN, None, []
     if (directory / METADATA).is_file():
         verify_weights(directory)
         saved = {**UNSAID, **read_metadata(directory)["fingerprint"]}

@@ -19,6 +19,7 @@ from mft_lightning.training.checkpoint_dirs import (
     FORMAT_VERSION,
     CheckpointInfo,
     directory_name,
+    read_metadata,
     write_description,
     write_metadata,
 )
@@ -138,6 +139,29 @@ def test_another_run_s_checkpoint_is_refused_and_the_key_named(tmp_path: Path, k
         check_same_run(directory, {**FINGERPRINT, key: "other"})
     assert f"{key} was {FINGERPRINT[key]!r}, is 'other'" in str(caught.value)
     assert all(other not in str(caught.value) for other in FINGERPRINT if other != key)
+
+
+def test_what_goes_with_another_kind_of_training_is_not_asked_back(tmp_path: Path) -> None:
+    """Only what a user can set is named, the cause first; a base that differs too is."""
+    qlora = {"model.lora": "r 8", "frozen base (digest)": "a", "model.qlora.bits": 4, "model.qlora.quant_type": "nf4"}
+    nothing = dict.fromkeys(("model.qlora.bits", "model.qlora.quant_type"))
+    write(tmp_path, 10)
+    directory = tmp_path / directory_name(10)
+    write_metadata(directory, read_metadata(directory) | {"fingerprint": qlora})
+    check_same_run(directory, {"data.role_tokens": "text"})
+    for now, expected in (
+        (qlora | nothing, "model.peft_type was 'qlora', is 'lora'"),
+        (dict.fromkeys(qlora), "model.peft_type was 'qlora', is None"),
+        (
+            qlora | nothing | {"model.lora": "r 4"},
+            "model.peft_type was 'qlora', is 'lora'; model.lora was 'r 8', is 'r 4'",
+        ),
+        (qlora | nothing | {"model.qlora.bits": 8}, "model.qlora.bits was 4, is 8"),
+        (qlora | {"frozen base (digest)": None}, "frozen base (digest) was 'a', is None"),
+    ):
+        with pytest.raises(UserError) as caught:
+            check_same_run(directory, now)
+        assert f"belongs to another run: {expected}. Set them back." in str(caught.value)
 
 
 def test_a_merged_model_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
