@@ -100,7 +100,7 @@ def inspect(argv: list[str]) -> None:
     choice = Choice(**{name: config.config[name] for name in ("task", "split", "limit", "page")})
     datamodule = config.datamodule
     choice.check(datamodule)
-    config.model.check(datamodule)
+    config.model.check(datamodule, data_alone=True)
     plots = given_path(config.config["plots"], "--plots") if config.config["plots"] else None
     if plots is not None:
         if config.config["json"]:

@@ -13,7 +13,7 @@ def prepare(argv: list[str]) -> None:
     quieten()
     config = RunConfig(argv, "prepare")
     datamodule = config.datamodule
-    config.model.check(datamodule)
+    config.model.check(datamodule, data_alone=True)
     datamodule.setup()
     for corpus, title in zip(datamodule.corpora, ("", "validation directories"), strict=False):
         say(*(["", title] if title else []), *task_table(corpus.reports))

@@ -193,15 +193,15 @@ class MFTModule(L.LightningModule):
             return "model.peft_type: qlora"
         return "model.optimizer: paged_adamw" if self.optim.kind == "paged_adamw" else None
 
-    def check(self, datamodule: MFTDataModule, tensor_parallel_size: int = 1) -> None:
-        """Raise what can be known without loading weights or data."""
+    def check(self, datamodule: MFTDataModule, tensor_parallel_size: int = 1, *, data_alone: bool = False) -> None:
+        """Raise what can be known without loading weights or data; of this machine nothing where data alone will be."""
         config = load_config(self.source.path, self.source.model_type, self.source.trust_remote_code)
         check_tensor_parallel(config, tensor_parallel_size, modules_to_save(self.lora))
         if self.peft_type is not None:
             check_adapters(self.lora, tensor_parallel_size, quantized=self.quantization is not None)
-        if self.quantization is not None:
+        if self.quantization is not None and not data_alone:
             check_quantizable(self.quantization, self.source.dtype)
-        if self.optim.kind == "paged_adamw":
+        if self.optim.kind == "paged_adamw" and not data_alone:
             require_bitsandbytes("model.optimizer: paged_adamw")
         if datamodule.task_weights is not None and self.weighted_loss_mode not in TASK_WEIGHTED_MODES:
             raise UserError(
