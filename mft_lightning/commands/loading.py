@@ -18,7 +18,7 @@ from mft_lightning.data.tokenizer import has_tokenizer, load_tokenizer
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.buffers import unsaved_buffers_kept
-from mft_lightning.model.build import adapter_base, is_adapter
+from mft_lightning.model.build import adapter_base, is_adapter, saved_whole
 from mft_lightning.model.export import adapter_dtype
 from mft_lightning.model.quantized import quantized_causal_lm, settings_of
 from mft_lightning.model.weight_files import MODEL_SHARDS, open_adapter
@@ -120,7 +120,7 @@ def _with_adapter(directory: Path, key: str, base: str, where: str, metadata: di
     if settings is None:
         model = _pretrained(base, where, kind)
     else:
-        model, weights = quantized_causal_lm(base, getattr(torch, kind), settings, where)
+        model, weights = quantized_causal_lm(base, getattr(torch, kind), settings, where, saved_whole(directory))
     here = base_digest(base_state(model) if weights is None else weights)  # before it gets rows for embeddings
     try:
         make_room(model, open_adapter(directory))

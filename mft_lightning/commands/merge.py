@@ -23,7 +23,7 @@ from mft_lightning.data.tokenizer import has_tokenizer, save_tokenizer, saved_to
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.key_errors import parse
 from mft_lightning.model.base import base_digest
-from mft_lightning.model.build import is_adapter
+from mft_lightning.model.build import is_adapter, saved_whole
 from mft_lightning.model.export import adapter_dtype, save_base
 from mft_lightning.model.generation_file import saved_generation_config
 from mft_lightning.model.merging import MergedWeights, read_base
@@ -78,7 +78,7 @@ def _merge(
     base = read_base(path, None if metadata is None else getattr(torch, adapter_dtype(adapter)), where)
     into: Weights = base
     if options.merge_into == QUANTIZED and quantization is not None:
-        into = DequantizedWeights(base, quantization)
+        into = DequantizedWeights(base, quantization, saved_whole(adapter))
     dtype = base.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     device = torch.device(options.device)
     merged = MergedWeights(adapter, into, dtype, device, f"--adapter {adapter}")

@@ -30,7 +30,7 @@ from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYP
 from mft_lightning.model.base import base_state
 from mft_lightning.model.export import load_state
 from mft_lightning.model.generation_file import saved_generation_config
-from mft_lightning.model.lora import add_lora
+from mft_lightning.model.lora import add_lora, modules_to_save
 from mft_lightning.model.lora_start import LoraStart
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.probe import check_assumptions
@@ -179,7 +179,7 @@ def make_network(
         check_assumptions(SupervisedLM(small, objective), packed=packed)
         nn.Module.to(small, "meta")  # or its memory stays until cycles are looked for
         if quantization is not None:
-            quantize(model, quantization)
+            quantize(model, quantization, () if adapters is None else modules_to_save(adapters))
     else:
         model = build_causal_lm(source)
         rows, room = count_rows(model), find_room(model, len(tokenizer), pad_vocab_to_multiple_of, adapters)
@@ -315,8 +315,21 @@ def adapter_base(directory: Path) -> object:
     Raises:
         UserError: its configuration is damaged.
     """
+    return _saved_config(directory).get("base_model_name_or_path")
+
+
+def saved_whole(directory: Path) -> list[str]:
+    """The modules that a saved adapter holds whole, as it names them.
+
+    Raises:
+        UserError: its configuration is damaged.
+    """
+    return list(_saved_config(directory).get("modules_to_save") or [])
+
+
+def _saved_config(directory: Path) -> dict[str, Any]:
     file = directory / "adapter_config.json"
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file}: cannot be read ({first_line(error)}).") from error

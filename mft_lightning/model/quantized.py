@@ -1,12 +1,13 @@
 """The frozen base in 4 or 8 bits, by bitsandbytes: a sketch's layers replaced, given their values, and read back.
 
-All linear layers but the head are quantised, one after the other; the head, embeddings and norms stay as they are. That
-is done in host memory, so that a base has the same bits whatever device it trains on.
+All linear layers are quantised, one after the other, but the head and those that train whole beside adapters; these,
+embeddings and norms stay as they are. That is done in host memory, so that a base has the same bits whatever device it
+trains on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
 from dataclasses import fields
 from importlib.util import find_spec
@@ -67,12 +68,13 @@ def require_bitsandbytes(what: str) -> None:
         )
 
 
-def quantize(model: PreTrainedModel, settings: QLoraSettings) -> None:
+def quantize(model: PreTrainedModel, settings: QLoraSettings, whole: Collection[str] = ()) -> None:
     """Give a sketch, in place, layers whose values will be quantised when they come.
 
     Args:
         model: on the meta device, without adapters.
         settings: with a ``compute_dtype`` where there are 4 bits.
+        whole: names of modules that train whole beside adapters, as peft looks for them; they stay as they are.
     """
     from transformers.integrations import replace_with_bnb_linear  # which imports bitsandbytes
 
@@ -85,7 +87,8 @@ def quantize(model: PreTrainedModel, settings: QLoraSettings) -> None:
             bnb_4bit_use_double_quant=settings.double_quant,
             bnb_4bit_compute_dtype=settings.compute_dtype,
         )
-    replace_with_bnb_linear(model, get_keys_to_not_convert(model), quantization_config=config)
+    kept = [path for path, _ in model.named_modules() if path.endswith(tuple(whole))]
+    replace_with_bnb_linear(model, get_keys_to_not_convert(model) + kept, quantization_config=config)
     setattr(model, f"is_loaded_in_{settings.bits}bit", True)  # by which peft knows it
     for layer in model.modules():
         # On a CPU with bfloat16 instructions the first evaluation would round a layer's scales for good, and no
@@ -95,7 +98,7 @@ def quantize(model: PreTrainedModel, settings: QLoraSettings) -> None:
 
 
 def quantized_causal_lm(
-    path: str, dtype: torch.dtype, settings: QLoraSettings, where: str
+    path: str, dtype: torch.dtype, settings: QLoraSettings, where: str, whole: Collection[str] = ()
 ) -> tuple[PreTrainedModel, Weights]:
     """A saved base as a run with these settings quantises it, and its weights before that.
 
@@ -104,6 +107,7 @@ def quantized_causal_lm(
         dtype: of the base's weights before it, and of what is not quantised.
         settings: of the quantisation.
         where: what an error says of the base.
+        whole: names of modules that trained whole, which are not quantised.
 
     Raises:
         UserError: the base cannot be read, or bitsandbytes is not installed.
@@ -115,7 +119,7 @@ def quantized_causal_lm(
         raise UserError(f"{where}: cannot be loaded ({first_line(error)}).") from error
     model.generation_config = saved_generation_config(path, where) or model.generation_config
     weights = StoredWeights(deepcopy(model), dtype, path, where=where)
-    quantize(model, settings)
+    quantize(model, settings, whole)
     materialise_quantized(model, weights)
     return model, weights
 
@@ -188,13 +192,14 @@ class DequantizedWeights(Weights):
     Args:
         weights: before they are quantised.
         settings: of :func:`quantize`.
+        whole: likewise.
     """
 
-    def __init__(self, weights: Weights, settings: QLoraSettings) -> None:
+    def __init__(self, weights: Weights, settings: QLoraSettings, whole: Collection[str] = ()) -> None:
         super().__init__(weights.model, weights.dtype)
         self.weights = weights
         self._quantized = deepcopy(weights.model)
-        quantize(self._quantized, settings)
+        quantize(self._quantized, settings, whole)
 
     def of(self, name: str) -> dict[str, Tensor]:
         return {key: self._there_and_back(name, key, value) for key, value in self.weights.of(name).items()}

@@ -10,7 +10,7 @@ from torch import nn
 
 from mft_lightning.errors import UserError
 from mft_lightning.model.build import ModelSource, load_config, model_options
-from mft_lightning.model.lora import add_lora
+from mft_lightning.model.lora import add_lora, modules_to_save
 from mft_lightning.model.parallel import ParallelSettings, transformer_layers
 from mft_lightning.model.quantized import quantize
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
@@ -102,7 +102,7 @@ def meta_network(
     if room is not None:
         model.resize_token_embeddings(*room, mean_resizing=False)
     if quantization is not None:
-        quantize(model, quantization)
+        quantize(model, quantization, () if adapters is None else modules_to_save(adapters))
     if adapters is None:
         return SupervisedLM(model)
     adapted: Any = add_lora(model, adapters, base_path=source.path, new_tokens=new_tokens, grown=room is not None)
