@@ -90,6 +90,11 @@ def quantize(model: PreTrainedModel, settings: QLoraSettings, whole: Collection[
     kept = [path for path, _ in model.named_modules() if path.endswith(tuple(whole))]
     replace_with_bnb_linear(model, get_keys_to_not_convert(model) + kept, quantization_config=config)
     setattr(model, f"is_loaded_in_{settings.bits}bit", True)  # by which peft knows it
+    if settings.bits == 8:
+        from mft_lightning.model.eight_bits import WeightOnlyLinear8bit  # which imports bitsandbytes
+
+        for layer in eight_bit_layers(model):
+            layer.__class__ = WeightOnlyLinear8bit
     for layer in model.modules():
         # On a CPU with bfloat16 instructions the first evaluation would round a layer's scales for good, and no
         # gradient would pass through it any more (bitsandbytes 0.50.2, Linear4bit.forward: packing_format_for_cpu).
@@ -149,8 +154,8 @@ def gather_scales(module: nn.Module) -> None:
 
 
 def eight_bit_layers(module: nn.Module) -> list[Any]:
-    """bitsandbytes' 8-bit layers; peft's, which wrap them, are called the same."""
-    return [layer for layer in module.modules() if type(layer).__name__ == "Linear8bitLt" and hasattr(layer, "state")]
+    """Linear layers whose weight has 8 bits, below adapters too."""
+    return [layer for layer in module.modules() if type(layer._parameters.get("weight")).__name__ == "Int8Params"]
 
 
 def whole_numel(parameter: nn.Parameter) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -71,7 +72,9 @@ def _source(path: Path, init: Any = "pretrained", dtype: torch.dtype = torch.flo
     )
 
 
-def _by_transformers(base: Path, settings: QLoraSettings, dtype: torch.dtype = torch.float32) -> Any:
+def _by_transformers(
+    base: Path, settings: QLoraSettings, dtype: torch.dtype = torch.float32, skipped: list[str] | None = None
+) -> Any:
     """The same base, by transformers' own loading."""
     config = BitsAndBytesConfig(
         load_in_4bit=settings.bits == 4,
@@ -79,6 +82,7 @@ def _by_transformers(base: Path, settings: QLoraSettings, dtype: torch.dtype = t
         bnb_4bit_quant_type=settings.quant_type,
         bnb_4bit_use_double_quant=settings.double_quant,
         bnb_4bit_compute_dtype=settings.compute_dtype or dtype,
+        llm_int8_skip_modules=skipped,  # the name is old; it is of 4 bits too
     )
     return AutoModelForCausalLM.from_pretrained(base, dtype=dtype, quantization_config=config, device_map={"": "cpu"})
 
@@ -122,6 +126,9 @@ def test_the_forward_is_that_of_transformers_and_peft(
             layer.p = 0.0
     for mode in (True, False):
         model.train(mode), theirs.train(mode)
+        for layer in theirs.modules():
+            if isinstance(layer, Linear8bitLt):  # whose evaluation would round what comes in too
+                layer.training = True
         ours, expected = (one(input_ids=ids, labels=ids) for one in (model, theirs))
         assert torch.equal(ours.logits, expected.logits)
         if mode:
@@ -131,6 +138,36 @@ def test_the_forward_is_that_of_transformers_and_peft(
     assert found.keys() == wanted.keys() and len(found) == 16
     assert all(torch.allclose(found[name], wanted[name], rtol=1e-6, atol=1e-9) for name in found)
     assert network.causal_lm.config.to_dict().get("quantization_config") is None
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_in_eight_bits_a_row_does_not_depend_on_the_rows_beside_it(built: Built, base: Path, mode: bool) -> None:
+    """Of which one has outliers in every second column; all are products of what transformers brings back."""
+    layer = built(QLoraSettings(bits=8)).network.causal_lm.gpt_neox.layers[0].mlp.dense_h_to_4h.base_layer.train(mode)
+    rows = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+    rows[0, ::2] *= 40
+    with torch.no_grad():
+        assert torch.allclose(layer(rows)[1:], layer(rows[1:]), rtol=1e-5, atol=1e-6)
+        whole = _by_transformers(base, QLoraSettings(bits=8)).dequantize(torch.float32)
+        expected = whole.gpt_neox.layers[0].mlp.dense_h_to_4h(rows)
+        assert torch.allclose(layer(rows), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_what_trains_whole_is_not_quantised(base: Path, example_tasks: list[str], bits: int) -> None:
+    """As where transformers is told to skip it."""
+    settings, named = QLoraSettings(bits=bits), ["dense_4h_to_h", "final_layer_norm"]  # type: ignore[arg-type]
+    lora = LoraSettings(r=4, target_modules=["dense"], modules_to_save=named)
+    module = MFTModule(pretrained_model_path=str(base), peft_type="qlora", qlora=settings, lora=lora)
+    module.build(MFTDataModule(data_paths=example_tasks, tokenizer_path=str(base)))
+    ours = base_state(module.network.model)
+    theirs = _by_transformers(base, settings, skipped=["lm_head", *named])
+    expected = theirs.state_dict()
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in ours)
+    assert sum(value.dtype in (torch.uint8, torch.int8) and value.ndim == 2 for value in ours.values()) == 6
+    found = DequantizedWeights(sketch_causal_lm(_source(base))[1], settings, named)
+    brought_back = theirs.dequantize(torch.float32).state_dict()
+    assert all(torch.equal(found[name], brought_back[name]) for name in brought_back)
 
 
 def _train(model: nn.Module, ids: torch.Tensor) -> None:
@@ -171,9 +208,7 @@ def test_numbers_of_parameters_are_those_of_the_whole_weights(built: Built, base
 def test_eight_bits_are_together_wherever_a_network_is_moved(built: Built) -> None:
     network = built(QLoraSettings(bits=8)).network
     network._apply(lambda tensor: tensor.clone())  # what every move does, to another device too
-    layers = [
-        layer for layer in network.modules() if type(layer).__name__ == "Linear8bitLt" and hasattr(layer, "state")
-    ]
+    layers = [layer for layer in network.modules() if isinstance(layer, Linear8bitLt)]
     assert len(layers) == 8
     assert all(layer.state.CB.data_ptr() == layer.weight.data_ptr() for layer in layers)
 
@@ -205,4 +240,5 @@ def test_what_cannot_be_is_refused(base: Path, example_tasks: list[str], monkeyp
     monkeypatch.setattr("mft_lightning.model.quantized.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs bitsandbytes, which is not installed. Install it with .*\[qlora\]"):
         MFTModule(pretrained_model_path=str(base), peft_type="qlora").check(datamodule)
+    MFTModule(pretrained_model_path=str(base), peft_type="qlora").check(datamodule, data_alone=True)
     MFTModule(pretrained_model_path=str(base), peft_type="lora").check(datamodule)
