@@ -47,11 +47,6 @@ def whole_modules(
             raise UserError(f"{KEY}: {name!r} is none of the layers {', '.join(known)}.")
         if any(f".{path}".endswith(f".{target}") for path in found for target in targets):
             raise UserError(f"{KEY}: {name} gets an adapter (model.lora.target_modules). Name it in one of the two.")
-        if not all(type(parameter) is nn.Parameter for path in found for parameter in own[path].parameters()):
-            raise UserError(
-                f"{KEY}: {name} is quantised (model.peft_type: qlora), and whole numbers do not train. Leave it out, "
-                "or give it an adapter (model.lora.target_modules)."
-            )
         weights = {f"{path}.{key}" for path in found for key, _ in own[path].named_parameters()}
         if weights & {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}:
             remedy = "Leave it out"

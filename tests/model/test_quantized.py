@@ -213,15 +213,6 @@ def test_eight_bits_are_together_wherever_a_network_is_moved(built: Built) -> No
     assert all(layer.state.CB.data_ptr() == layer.weight.data_ptr() for layer in layers)
 
 
-@pytest.mark.parametrize("settings", [KINDS[0], KINDS[-1]], ids=[IDS[0], IDS[-1]])
-def test_what_is_quantised_does_not_train_whole(base: Path, example_tasks: list[str], settings: QLoraSettings) -> None:
-    """Of 8 bits the first save would end the run."""
-    lora = LoraSettings(r=4, target_modules=["query_key_value"], modules_to_save=["dense"])
-    module = MFTModule(pretrained_model_path=str(base), peft_type="qlora", qlora=settings, lora=lora)
-    with pytest.raises(UserError, match=r"model\.lora\.modules_to_save: dense is quantised"):
-        module.build(MFTDataModule(data_paths=example_tasks, tokenizer_path=str(base)))
-
-
 def test_a_description_and_its_settings_are_the_same() -> None:
     for settings in KINDS:
         resolved = settings.resolved("bfloat16")
