@@ -14,6 +14,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.key_errors import instantiate, parse
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings
+from mft_lightning.paths import given_path
 from mft_lightning.shipped import shipped_config
 from mft_lightning.training.callbacks import EarlyStoppingSettings
 from mft_lightning.training.checkpoint import CheckpointSettings
@@ -143,7 +144,7 @@ class RunConfig(LightningCLI):
         if self.config.output_dir == "":
             raise UserError("output_dir: is empty. Give a directory.")
         if self.config.output_dir is not None:
-            return Path(self.config.output_dir).expanduser().absolute()
+            return given_path(self.config.output_dir, "output_dir:").absolute()
         configs = self.config.get("config") or []
         stem = Path(str(configs[0])).stem if configs else "run"
         return (Path("checkpoints") / stem).absolute()
@@ -151,7 +152,7 @@ class RunConfig(LightningCLI):
     @property
     def tensorboard_dir(self) -> Path:
         given = self.config.tensorboard_dir
-        return Path(given).expanduser().absolute() if given else self.output_dir / "runs"
+        return given_path(given, "tensorboard_dir:").absolute() if given else self.output_dir / "runs"
 
     def save(self, file: Path) -> None:
         """Write all keys of the run as YAML that ``--config`` takes again, with the output directory spelt out."""

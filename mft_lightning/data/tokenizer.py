@@ -15,6 +15,7 @@ from mft_lightning.data.chat_encoder import marker
 from mft_lightning.data.chat_format import CHAT_TEMPLATE
 from mft_lightning.data.records import ROLES
 from mft_lightning.errors import UserError, first_line
+from mft_lightning.shipped import expanded
 
 NEOX_PAD = "<|padding|>"
 # of classes of transformers 5 in transformers 4
@@ -64,7 +65,7 @@ def load_tokenizer(
     Raises:
         UserError: nothing there, or a token that the tokenizer lacks.
     """
-    if path.startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+    if path.startswith(("/", ".", "~")) and not expanded(path).is_dir():
         raise UserError(f"model.pretrained_model_path: no such directory: {path}.")
     if Path(path).is_dir() and not has_tokenizer(path):
         raise UserError(f"{where}: no tokenizer in {path!r}. Give a directory that holds tokenizer files.")

@@ -48,6 +48,7 @@ from mft_lightning.model.weights import (
     without_layers,
 )
 from mft_lightning.model.whole_modules import count_rows, find_room
+from mft_lightning.shipped import expanded
 
 FEW_TOKENS = 64  # of a small model that is tried out
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -212,7 +213,7 @@ def make_network(
 def _stored(model: nn.Module, start_from: str) -> dict[str, Tensor]:
     """The values of another adapter of the same shape, by the model's names."""
     try:
-        state = load_state(model, Path(start_from).expanduser())
+        state = load_state(model, expanded(start_from))
     except UserError as error:
         raise UserError(f"model.lora.start_from: {error}") from error
     for name, value in state.items():

@@ -6,7 +6,6 @@ import json
 import warnings
 from copy import copy
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.whole_modules import whole_modules
+from mft_lightning.shipped import expanded
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -148,16 +148,16 @@ def _continued(settings: LoraSettings, directory: str) -> LoraConfig:
     from peft import LoraConfig, PeftConfig  # here for the start-up time of a run without adapters
 
     key = f"model.lora.start_from: {directory}"
-    if not (Path(directory).expanduser() / "adapter_config.json").is_file():
+    if not (expanded(directory) / "adapter_config.json").is_file():
         raise UserError(
             f"{key} holds no adapter. Give a directory with an adapter_config.json. Where it is gone, and the "
             "run goes on, a checkpoint of the run has the same shape: give that."
         )
     try:
-        written = dict(json.loads((Path(directory).expanduser() / "adapter_config.json").read_text(encoding="utf-8")))
+        written = dict(json.loads((expanded(directory) / "adapter_config.json").read_text(encoding="utf-8")))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unexpected keyword arguments")  # which are refused below
-            saved: Any = PeftConfig.from_pretrained(str(Path(directory).expanduser()))
+            saved: Any = PeftConfig.from_pretrained(str(expanded(directory)))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{key}: its adapter_config.json cannot be read ({first_line(error)}).") from error
     if not isinstance(saved, LoraConfig):

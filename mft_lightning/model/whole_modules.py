@@ -6,7 +6,6 @@ peft leaves such a module as it is, frozen, and trains a copy in its place, whic
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -15,6 +14,7 @@ from transformers import PreTrainedModel
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.weight_files import UNREADABLE, TensorFiles, open_adapter
+from mft_lightning.shipped import expanded
 
 KEY = "model.lora.modules_to_save"
 IN_FILES = "base_model.model."  # before the base's names within peft's wrapper
@@ -136,7 +136,7 @@ def find_room(
     held: set[int] = set()
     if start is not None:
         try:
-            held = rows_held(model, open_adapter(Path(start).expanduser()))
+            held = rows_held(model, open_adapter(expanded(start)))
         except UNREADABLE as error:
             raise UserError(f"model.lora.start_from: {start}: cannot be read ({first_line(error)}).") from error
     rows = max(held, default=count_rows(model))

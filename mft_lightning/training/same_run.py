@@ -11,6 +11,7 @@ from mft_lightning.model.build import adapter_base
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.quantized import KEY, described
 from mft_lightning.screen import shown
+from mft_lightning.shipped import expanded
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights
 
 LOST = (
@@ -87,7 +88,7 @@ def check_start(module: MFTModule, role_tokens: str) -> list[str]:
     assert module.built is not None
     if module.lora.start_from is None or module.built.start is None or module.built.start.stored is None:
         return []
-    directory, held = Path(module.lora.start_from).expanduser(), next(iter(module.built.start.stored.values())).dtype
+    directory, held = expanded(module.lora.start_from), next(iter(module.built.start.stored.values())).dtype
     key, trained_on, notes = FROZEN, None, []
     if (directory / METADATA).is_file():
         verify_weights(directory)
