@@ -55,10 +55,11 @@ def measure(directory: str, kind: str) -> dict[str, int]:
     from torch.distributed.device_mesh import init_device_mesh
 
     from mft_lightning.data.tokenizer import load_tokenizer
-    from mft_lightning.model.build import ModelSource, make_network
+    from mft_lightning.model.build import make_network
     from mft_lightning.model.objective import Objective
     from mft_lightning.model.parallel import ParallelSettings, shard, transformer_layers
     from mft_lightning.model.settings import LoraSettings
+    from mft_lightning.model.source import ModelSource
 
     init = "random" if kind in ("random", "whole") else "pretrained"
     source = ModelSource(

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from mft_lightning.aside import written_aside
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.key_errors import parse
-from mft_lightning.model.build import is_adapter
 from mft_lightning.model.export import ADAPTER_FILE, write_parts
+from mft_lightning.model.saved_adapter import is_adapter
 from mft_lightning.model.weight_files import MODEL_SHARDS, UNREADABLE, ShardFiles
 from mft_lightning.paths import given_path
 from mft_lightning.quiet import quieten

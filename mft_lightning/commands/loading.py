@@ -18,9 +18,9 @@ from mft_lightning.data.tokenizer import has_tokenizer, load_tokenizer
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.buffers import unsaved_buffers_kept
-from mft_lightning.model.build import adapter_base, is_adapter, saved_whole
 from mft_lightning.model.export import adapter_dtype
 from mft_lightning.model.quantized import quantized_causal_lm, settings_of
+from mft_lightning.model.saved_adapter import adapter_base, is_adapter, saved_whole
 from mft_lightning.model.weight_files import MODEL_SHARDS, open_adapter
 from mft_lightning.model.whole_modules import make_room
 from mft_lightning.paths import given_path

@@ -23,11 +23,11 @@ from mft_lightning.data.tokenizer import has_tokenizer, save_tokenizer, saved_to
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.key_errors import parse
 from mft_lightning.model.base import base_digest
-from mft_lightning.model.build import is_adapter, saved_whole
 from mft_lightning.model.export import adapter_dtype, save_base
 from mft_lightning.model.generation_file import saved_generation_config
 from mft_lightning.model.merging import MergedWeights, read_base
 from mft_lightning.model.quantized import DequantizedWeights, require_bitsandbytes, settings_of
+from mft_lightning.model.saved_adapter import is_adapter, saved_whole
 from mft_lightning.model.settings import QLoraSettings
 from mft_lightning.model.weights import Weights
 from mft_lightning.paths import given_path

@@ -10,7 +10,7 @@ import numpy as np
 
 from mft_lightning.commands.report import Lines
 from mft_lightning.data.datamodule import MFTDataModule
-from mft_lightning.model.build import is_adapter
+from mft_lightning.model.saved_adapter import is_adapter
 from mft_lightning.screen import Grid, labelled, program, shown
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.checkpoint_choice import find_best, find_checkpoints

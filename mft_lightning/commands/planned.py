@@ -9,9 +9,9 @@ import torch
 
 from mft_lightning.data.batch_sizes import BatchSizes
 from mft_lightning.errors import UserError
-from mft_lightning.model.build import load_config
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
+from mft_lightning.model.source import load_config
 from mft_lightning.model.step_setup import Sharing, StepSetup, meta_network
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.run_config import RunConfig

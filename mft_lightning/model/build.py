@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mft_lightning import ranks
-from mft_lightning.data.tokenizer import contradictory
-from mft_lightning.errors import UserError, first_line
+from mft_lightning.errors import UserError
 from mft_lightning.model.adapters import COPY, has_adapters
-from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
 from mft_lightning.model.base import base_state
 from mft_lightning.model.export import load_state
-from mft_lightning.model.generation_file import saved_generation_config
 from mft_lightning.model.lora import add_lora, modules_to_save
 from mft_lightning.model.lora_start import LoraStart
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.probe import check_assumptions
 from mft_lightning.model.quantized import materialise_quantized, quantize, whole_numel
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
+from mft_lightning.model.source import ModelSource, build_causal_lm, sketch_causal_lm
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.model.weights import (
     DrawnWeights,
@@ -51,46 +38,6 @@ from mft_lightning.model.whole_modules import count_rows, find_room
 from mft_lightning.shipped import expanded
 
 FEW_TOKENS = 64  # of a small model that is tried out
-Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
-
-
-@dataclass(kw_only=True)
-class ModelSource:
-    """Where the base model comes from and how it is held."""
-
-    path: str
-    init: Literal["pretrained", "random"]
-    model_type: str
-    dtype: torch.dtype
-    attn_implementation: Attention
-    trust_remote_code: bool
-    seed: int
-
-
-def load_config(path: str, model_type: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The configuration of the causal LM in ``path``, a directory or hub id.
-
-    Raises:
-        UserError: nothing there, another model type, or no causal LM.
-    """
-    key = "model.pretrained_model_path"
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except StrictDataclassError as error:
-        raise contradictory(path, error) from error
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}: no model configuration in {path!r} ({first_line(error)}). Give a model directory or hub id."
-        ) from error
-    known = config.model_type if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
-    architectures = config.architectures or []
-    heads = [name for name in architectures if "For" in name and "ForCausalLM" not in name]
-    if known is None or heads:
-        what = heads[0] if heads else config.model_type
-        raise UserError(f"{key}: {path} holds a {what}, which is no causal language model.")
-    if known != model_type:
-        raise UserError(f"{key}: {path} holds a {known} model. Set model.model_type: {known} if that is meant.")
-    return config
 
 
 @dataclass(frozen=True)
@@ -222,61 +169,6 @@ def _stored(model: nn.Module, start_from: str) -> dict[str, Tensor]:
     return state
 
 
-def build_causal_lm(source: ModelSource) -> PreTrainedModel:
-    """The base model, in the asked dtype whatever its files hold, in training mode.
-
-    A random model is drawn in float32 from ``source.seed`` alone: the same bits in every layout.
-
-    Raises:
-        UserError: weights that are missing, damaged or of other shapes.
-    """
-    key = "model.pretrained_model_path"
-    config = load_config(source.path, source.model_type, source.trust_remote_code)
-    loaded: Any
-    try:
-        if source.init == "random":
-            model = sketch(config, source.dtype, **model_options(source, config))
-            materialise(model, DrawnWeights(deepcopy(model), source.dtype, source.seed))
-            return model
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=source.dtype, output_loading_info=True, **model_options(source, config)
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        hint = "For a model without weights set model.init: random."
-        if "attention" in str(error):
-            hint = "Another model.attn_implementation may do: eager."
-        raise UserError(
-            f"{key}: the model in {source.path!r} cannot be loaded ({first_line(error)}). {hint}"
-        ) from error
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{key}: {source.path} lacks {len(missing)} weights of the model, first {missing[0]}.")
-    return model.train()
-
-
-def sketch_causal_lm(source: ModelSource) -> tuple[PreTrainedModel, Weights]:
-    """The base model of :func:`build_causal_lm` on the meta device, and the weights it is to have."""
-    config = load_config(source.path, source.model_type, source.trust_remote_code)
-    try:
-        model = sketch(config, source.dtype, **model_options(source, config))
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"model: cannot be made from {source.path!r} ({first_line(error)}).") from error
-    if source.init == "random":
-        return model, DrawnWeights(deepcopy(model), source.dtype, source.seed)
-    saved = saved_generation_config(source.path, f"model.pretrained_model_path: {source.path}")
-    model.generation_config = saved or model.generation_config
-    return model, StoredWeights(deepcopy(model), source.dtype, source.path)
-
-
-def model_options(source: ModelSource, config: PretrainedConfig) -> dict[str, Any]:
-    """What transformers is told beside a model's configuration."""
-    sliced = source.attn_implementation == "sdpa" and config.model_type in SLICED_MODEL_TYPES
-    return {
-        "attn_implementation": SDPA_BY_CONVERSATION if sliced else source.attn_implementation,
-        "trust_remote_code": source.trust_remote_code,
-    }
-
-
 def _small(model: PreTrainedModel) -> PreTrainedModel:
     """A random model of the same kind, with one layer and few tokens."""
     config = without_layers(model.config, 1)
@@ -304,33 +196,3 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     """Trainable and total parameters, of 4 bits too."""
     sizes = [(whole_numel(parameter), parameter.requires_grad) for parameter in module.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-
-
-def is_adapter(directory: Path) -> bool:
-    return (directory / "adapter_config.json").is_file()
-
-
-def adapter_base(directory: Path) -> object:
-    """The base model that a saved adapter names, if it names one.
-
-    Raises:
-        UserError: its configuration is damaged.
-    """
-    return _saved_config(directory).get("base_model_name_or_path")
-
-
-def saved_whole(directory: Path) -> list[str]:
-    """The modules that a saved adapter holds whole, as it names them.
-
-    Raises:
-        UserError: its configuration is damaged.
-    """
-    return list(_saved_config(directory).get("modules_to_save") or [])
-
-
-def _saved_config(directory: Path) -> dict[str, Any]:
-    file = directory / "adapter_config.json"
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: cannot be read ({first_line(error)}).") from error

@@ -17,7 +17,7 @@ from mft_lightning.data.collate import MicroBatch, StepBatch
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.place import data_parallel_place
 from mft_lightning.errors import NotYetError, UserError
-from mft_lightning.model.build import Attention, Built, ModelSource, load_config, make_network
+from mft_lightning.model.build import Built, make_network
 from mft_lightning.model.export import describe, trained_names
 from mft_lightning.model.generation import Answer, GenerationSettings, answer_on_ranks
 from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
@@ -35,6 +35,7 @@ from mft_lightning.model.optim import (
 from mft_lightning.model.parallel import data_parallel_group, live_parameters
 from mft_lightning.model.quantized import check_quantizable, described, require_bitsandbytes
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
+from mft_lightning.model.source import Attention, ModelSource, load_config
 from mft_lightning.model.step_result import StepResult
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.model.tensor_parallel import check_tensor_parallel

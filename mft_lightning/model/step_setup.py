@@ -9,11 +9,11 @@ from typing import Any, Literal
 from torch import nn
 
 from mft_lightning.errors import UserError
-from mft_lightning.model.build import ModelSource, load_config, model_options
 from mft_lightning.model.lora import add_lora, modules_to_save
 from mft_lightning.model.parallel import ParallelSettings, transformer_layers
 from mft_lightning.model.quantized import quantize
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
+from mft_lightning.model.source import ModelSource, load_config, model_options
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.model.tensor_parallel import narrow_head, narrow_layer
 from mft_lightning.model.weights import sketch

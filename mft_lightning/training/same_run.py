@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mft_lightning.errors import UserError
-from mft_lightning.model.build import adapter_base
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.quantized import KEY, described
+from mft_lightning.model.saved_adapter import adapter_base
 from mft_lightning.screen import shown
 from mft_lightning.shipped import expanded
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_weights

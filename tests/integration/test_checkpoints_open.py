@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft_lightning.cli import main
-from mft_lightning.model.build import ModelSource, build_causal_lm
+from mft_lightning.model.source import ModelSource, build_causal_lm
 from tests.integration.conftest import command, weights
 
 PROMPT = "Write a function `lower_size` that takes a size and subtracts 3 from it if it is below 7."

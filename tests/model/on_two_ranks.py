@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from mft_lightning import ranks
 from mft_lightning.data.tokenizer import load_tokenizer
-from mft_lightning.model.build import ModelSource, build_causal_lm, load_config
 from mft_lightning.model.generation import GenerationSettings, answer, answer_together
 from mft_lightning.model.gradients import clip_gradients
 from mft_lightning.model.parallel import ParallelSettings, fill, gathered, gathered_state, shard
+from mft_lightning.model.source import ModelSource, build_causal_lm, load_config
 from mft_lightning.model.supervised_loss import SupervisedLM
 
 EOS = 0

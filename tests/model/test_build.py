@@ -13,10 +13,11 @@ from transformers import BertConfig, GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXF
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.base import base_state
-from mft_lightning.model.build import ModelSource, build_causal_lm, count_parameters, name_special_tokens
+from mft_lightning.model.build import count_parameters, name_special_tokens
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.seeding import seeded
 from mft_lightning.model.settings import LoraSettings
+from mft_lightning.model.source import ModelSource, build_causal_lm
 from mft_lightning.model.weights import grow_embeddings
 from mft_lightning.model.whole_modules import find_room
 

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.model.base import base_digest, base_state
-from mft_lightning.model.build import ModelSource, build_causal_lm
 from mft_lightning.model.export import ModelWriter, load_initial, load_state, trained_names
 from mft_lightning.model.lora_start import LoraStart
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.settings import LoraSettings
+from mft_lightning.model.source import ModelSource, build_causal_lm
 
 IDS = torch.arange(2, 62).view(2, 30)
 PATTERNS = {"rank_pattern": {"dense": 3, "0.attention.query_key_value": 6}, "alpha_pattern": {"mlp.dense_h_to_4h": 2.5}}

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.model.base import base_digest, base_state
-from mft_lightning.model.build import ModelSource, build_causal_lm, count_parameters, sketch_causal_lm
+from mft_lightning.model.build import count_parameters
 from mft_lightning.model.export import ModelWriter, save_causal_lm
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.quantized import DequantizedWeights, described, settings_of
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
+from mft_lightning.model.source import ModelSource, build_causal_lm, sketch_causal_lm
 
 KINDS = [
     QLoraSettings(),

@@ -18,12 +18,13 @@ from mft_lightning.data.collate import MicroBatch
 from mft_lightning.data.tokenizer import add_role_tokens, load_tokenizer
 from mft_lightning.errors import UserError
 from mft_lightning.model.base import base_digest, base_state
-from mft_lightning.model.build import Built, ModelSource, make_network
+from mft_lightning.model.build import Built, make_network
 from mft_lightning.model.export import ModelWriter, describe, load_state, trained_names
 from mft_lightning.model.merging import MergedWeights, read_base
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.optim import matrix_names
 from mft_lightning.model.settings import LoraSettings
+from mft_lightning.model.source import ModelSource
 from mft_lightning.model.tensor_parallel import check_tensor_parallel
 from mft_lightning.model.weight_files import open_adapter
 from mft_lightning.model.weights import sketch
