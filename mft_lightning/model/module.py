@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,11 +17,10 @@ from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.place import data_parallel_place
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.build import Built, make_network
+from mft_lightning.model.evaluated import EvaluatedModule
 from mft_lightning.model.export import describe, trained_names
-from mft_lightning.model.generation import Answer, GenerationSettings, answer_on_ranks
 from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
 from mft_lightning.model.lora import check_adapters, modules_to_save
-from mft_lightning.model.metrics import TaskSums
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.optim import (
     OptimizerKind,
@@ -32,7 +30,7 @@ from mft_lightning.model.optim import (
     matrix_names,
     put_in_force,
 )
-from mft_lightning.model.parallel import data_parallel_group, live_parameters
+from mft_lightning.model.parallel import live_parameters
 from mft_lightning.model.quantized import check_quantizable, described, require_bitsandbytes
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.source import Attention, ModelSource, load_config
@@ -48,7 +46,7 @@ from mft_lightning.weighting.static import coefficients
 NETWORK = "network.model."  # where the causal LM's weights stand in this module's state
 
 
-class MFTModule(L.LightningModule):
+class MFTModule(EvaluatedModule):
     """GPT-NeoX with optional LoRA, trained on the weighted loss of all supervised tokens of a global batch.
 
     Args:
@@ -175,17 +173,11 @@ class MFTModule(L.LightningModule):
         self.max_skipped_steps = max_skipped_steps
         self.strict_loading = peft_type is None  # an adapter's checkpoint holds the adapter alone
         self.built: Built | None = None
-        self.network: SupervisedLM | None = None
         self.matrices: set[str] = set()  # the network's parameters that decay
         self.saved_names: set[str] = set()  # what a checkpoint holds of this module's state
         self.last_step: StepResult | None = None
-        self.generation = GenerationSettings()  # that `predict` answers by
 
     # ---------------------------------------------------------------- setting up
-
-    @property
-    def datamodule(self) -> MFTDataModule:
-        return cast(MFTDataModule, self.trainer.datamodule)  # type: ignore[attr-defined]  # Lightning sets it untyped
 
     @property
     def undivided(self) -> str | None:
@@ -243,7 +235,7 @@ class MFTModule(L.LightningModule):
             self.balancer = make_balancer(
                 self.weighted_loss_mode, datamodule.task_weights or [1.0] * len(names), self.coba, self.famo
             )
-            self.sums = {split: TaskSums(names) for split in ("val", "test")}
+            self.measure(names)
             self.description = describe(self.network.model, self.network.causal_lm, self.built.base)
             self.description |= described(self.quantization)
             self.matrices = matrix_names(self.network)
@@ -312,11 +304,6 @@ class MFTModule(L.LightningModule):
             weights=self.balancer.weights.to(self.device),
         )
 
-    @property
-    def _network(self) -> SupervisedLM:
-        assert self.network is not None
-        return self.network
-
     def optimizer_zero_grad(self, *args: Any) -> None:
         """Nothing: Lightning calls it between ``training_step`` and the last backward, and would clear the others'."""
 
@@ -333,40 +320,6 @@ class MFTModule(L.LightningModule):
         norm = clip_gradients(self._network, parameters, gradient_clip_val)
         if self.last_step is not None:
             self.last_step.grad_norm = norm
-
-    # ---------------------------------------------------------------- evaluation
-
-    def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        self._add("val", batch)
-
-    def test_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        self._add("test", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        self._report("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._report("test")
-
-    def _add(self, prefix: str, micro: MicroBatch) -> None:
-        output = self._network(micro)
-        self.sums[prefix].to(self.device).update(micro.tasks, output.nll, micro.n_supervised, output.correct)
-
-    def _report(self, prefix: str) -> None:
-        sums = self.sums[prefix].to(self.device)  # where ranks meet, even if this one had nothing to add
-        sums.process_group = data_parallel_group(self.trainer)
-        values = {f"{prefix}/{name}": value for name, value in sums.compute().items()}
-        sums.reset()
-        self.log_dict(values, logger=False)  # for callbacks; the loggers get the step that the axis is defined by
-        for logger in self.trainer.loggers:
-            logger.log_metrics({name: float(value) for name, value in values.items()}, step=self.trainer.global_step)
-
-    # ---------------------------------------------------------------- answers
-
-    def predict_step(self, batch: int, batch_idx: int) -> list[Answer]:
-        """Answers to a batch of ``datamodule.questions``, by its number."""
-        prompts = [held.prompt for held in self.datamodule.questions.batch(batch)]
-        return answer_on_ranks(self._network, self.datamodule.tokenizer, prompts, self.generation)
 
     # ---------------------------------------------------------------- checkpoints
 
