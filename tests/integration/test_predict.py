@@ -208,7 +208,7 @@ def test_nothing_is_asked_twice(arguments: Arguments, tmp_path: Path, monkeypatc
         assert main(arguments(output, *words)) == 1
     assert not output.exists() and parts.is_dir()
     with monkeypatch.context() as patch:
-        patch.setattr("mft_lightning.model.module.answer_on_ranks", None)
+        patch.setattr("mft_lightning.model.evaluated.answer_on_ranks", None)
         assert main(arguments(output, *words)) == 0
     before = output.read_bytes()
     assert main(arguments(output, *words)) == 1 and output.read_bytes() == before
