@@ -206,10 +206,8 @@ def not_whole(directory: Path) -> UserError:
 def _load_adapter(model: PeftModel, directory: Path) -> dict[str, Tensor]:
     if not (directory / "adapter_config.json").is_file():
         raise UserError(f"{directory}: holds no adapter. Was it saved without model.peft_type: lora?")
-    config: Any = model.peft_config["default"]
-    return (
-        split_initial(_live_tensors(model, directory))[0] if changes_base(config) else _live_tensors(model, directory)
-    )
+    saved = _live_tensors(model, directory)
+    return split_initial(saved)[0] if changes_base(model.peft_config["default"]) else saved
 
 
 def load_initial(model: nn.Module, directory: Path) -> dict[str, Tensor]:

@@ -89,14 +89,13 @@ def check_start(module: MFTModule, role_tokens: str) -> list[str]:
     if module.lora.start_from is None or module.built.start is None or module.built.start.stored is None:
         return []
     directory, held = expanded(module.lora.start_from), next(iter(module.built.start.stored.values())).dtype
-    key, trained_on, notes = FROZEN, None, []
+    trained_on, notes = None, []
     if (directory / METADATA).is_file():
         verify_weights(directory)
         saved = {**UNSAID, **read_metadata(directory)["fingerprint"]}
-        trained_on = saved.get(key)
+        trained_on = saved.get(FROZEN)
         now = {"data.role_tokens": role_tokens, **described(module.quantization)}
-        bits = "model.qlora.bits"  # without which the other keys have no values
-        told = list(now) if saved.get(bits) == now[bits] else ["data.role_tokens", bits]
+        told = list(now) if saved.get(BITS) == now[BITS] else ["data.role_tokens", BITS]  # others go with the bits
         other = [f"{name} {saved.get(name)}, here {now[name]}" for name in told if saved.get(name) != now[name]]
         notes = [f"note: the adapter in {shown(directory)} was trained with {'; '.join(other)}."] if other else []
     if trained_on is None or held != module.source.dtype:
@@ -106,10 +105,10 @@ def check_start(module: MFTModule, role_tokens: str) -> list[str]:
             f"note: whether the adapter in {shown(directory)} was trained on this base is not known ({why}); it names "
             f"{adapter_base(directory) or 'no base'}.",
         ]
-    if trained_on != module.description[key]:
+    if trained_on != module.description[FROZEN]:
         raise UserError(
             f"model.lora.start_from: {directory} was trained on another base (digest {trained_on}, here "
-            f"{module.description[key]}). Give the base that it names, {adapter_base(directory)}, as "
+            f"{module.description[FROZEN]}). Give the base that it names, {adapter_base(directory)}, as "
             "model.pretrained_model_path with model.init: pretrained."
         )
     return notes
