@@ -14,8 +14,8 @@ from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.plan import Plan
 from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.build import count_parameters
-from mft_lightning.model.head_loss import computes_bfloat16
 from mft_lightning.model.module import MFTModule
+from mft_lightning.model.product_dtype import computes_bfloat16
 from mft_lightning.model.whole_modules import are_embeddings_whole
 from mft_lightning.screen import Grid, labelled, shown
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo

@@ -17,8 +17,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mft_lightning.model.objective import Objective
+from mft_lightning.model.product_dtype import product_dtype
 from mft_lightning.model.vocabulary_parallel import LogitSums, VocabularyPart, is_shared
 
+# bytes of float32 logits that are worked on at a time (benchmarks/head_loss.py)
+CACHED = 2**20  # by each core of a CPU
+PIECE = 64 * 2**20  # by another device, not yet run on a GPU
 # the largest factor in float16: far above its smallest number, 6e-8, and a chunk's sum far below its largest, 65504
 HALF_LARGEST = 1 / 16
 
@@ -91,17 +95,10 @@ class _LinearHeadLoss(torch.autograd.Function):
         rows: int,
         vocabulary: VocabularyPart,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        if kind == "cpu" and dtype == torch.bfloat16 and not computes_bfloat16():
-            dtype = torch.float32
-        reduced = _reduced_in(dtype)
+        dtype = product_dtype(hidden)
+        kind, reduced = hidden.device.type, _reduced_in(dtype)
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-        made = [
-            torch.empty_like(hidden) if of_hidden else None,
-            torch.zeros_like(weight, dtype=reduced) if of_weight else None,
-            torch.zeros_like(weight[:, 0], dtype=reduced) if of_bias else None,
-        ]
+        made = _Gradients(torch.empty_like(hidden) if of_hidden else None, of_weight, of_bias)
         factors = factors.to(reduced)
         ctx.unit = None
         if dtype == torch.float16:  # in which a factor of one in thousands leaves nothing of a gradient
@@ -109,32 +106,22 @@ class _LinearHeadLoss(torch.autograd.Function):
             factors = factors / ctx.unit
         nll = torch.empty(len(targets), dtype=reduced, device=hidden.device)
         value, correct = torch.empty_like(nll), torch.empty_like(targets)
+        piece = rows if vocabulary.group is not None else min(rows, cached_rows(kind, vocabulary.count))
         with torch.autocast(kind, enabled=False):
             matrix = weight.to(dtype)
             for start in range(0, len(targets), rows):
-                part = slice(start, start + rows)
-                inputs, wanted = hidden[part].to(dtype), targets[part, None]
-                logits = F.linear(inputs, matrix, None if bias is None else bias.to(dtype)).to(reduced)
-                places, target_here = vocabulary.places(wanted)
-                own = _exponentiate(logits, places, objective)
-                own = own._replace(of_target=own.of_target * target_here)
-                sums = vocabulary.over_all(own)
-                log_total = sums.highest + sums.total.log()
-                nll[part] = (log_total - sums.of_target)[:, 0]
-                mean_nll = (log_total - sums.added / vocabulary.size)[:, 0]
-                value[part] = objective.of(nll[part], mean_nll, log_total[:, 0])
-                correct[part] = (sums.likeliest == wanted)[:, 0]
-                slope = objective.slope(nll[part, None], log_total, factors[part, None], vocabulary.size)
-                probability = slope.probability / sums.total * (own.highest - sums.highest).exp()
-                gradient = logits.mul_(probability).scatter_add_(1, places, slope.target * target_here)
-                if slope.every is not None:
-                    gradient.add_(slope.every)
-                _accumulate(made, part, gradient, inputs, matrix)
-                del logits, gradient  # before the next chunk has its own
-            if made[0] is not None:
-                vocabulary.sum(made[0])
-        as_given = (hidden.dtype, weight.dtype, weight.dtype)
-        ctx.made = [None if one is None else one.to(dtype) for one, dtype in zip(made, as_given, strict=True)]
+                inputs = hidden[start : start + rows].to(dtype)
+                logits = F.linear(inputs, matrix, None if bias is None else bias.to(dtype))
+                for at in range(0, len(inputs), piece):
+                    part = slice(start + at, start + min(at + piece, rows))
+                    nll[part], value[part], correct[part] = _turn_into_gradient(
+                        logits[at : at + piece], targets[part, None], factors[part, None], objective, vocabulary
+                    )
+                made.add(start, logits, inputs, matrix)
+                del logits  # before the next chunk has its own
+            if made.of_hidden is not None:
+                vocabulary.sum(made.of_hidden)
+        ctx.made = made.finished(weight, bias)
         ctx.mark_non_differentiable(nll, correct)
         loss = (factors * value).sum(dtype=torch.float64).to(reduced)
         return (loss if ctx.unit is None else loss * ctx.unit), nll, correct
@@ -149,39 +136,99 @@ class _LinearHeadLoss(torch.autograd.Function):
         return (*(None if one is None else one.mul_(scale) for one in made), None, None, None, None, None)
 
 
-def _exponentiate(logits: Tensor, targets: Tensor, objective: Objective) -> LogitSums:
-    """Turn logits ``[P, V]`` into exponentials of what each is above the highest, in place; what they were, in short.
+def _turn_into_gradient(
+    logits: Tensor, targets: Tensor, factors: Tensor, objective: Objective, vocabulary: VocabularyPart
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn logits ``[P, V]`` into the gradient of ``sum_p factor_p * objective_p`` by them, in place.
 
     Args:
-        logits: become the exponentials.
+        logits: in any type; what is computed of them is in at least float32.
+        targets: ``int64 [P, 1]``, of the whole vocabulary.
+        factors: ``[P, 1]``.
+        objective: of each token.
+        vocabulary: the part of it that the logits are of.
+
+    Returns:
+        NLL, objective, and whether the target was the likeliest token, each ``[P]``.
+    """
+    places, target_here = vocabulary.places(targets)
+    scores = logits.to(factors.dtype)
+    own, probability = _normalised(scores, places, objective)
+    own = own._replace(of_target=own.of_target * target_here)
+    sums = vocabulary.over_all(own)
+    log_total = sums.highest + sums.total.log()
+    nll = log_total - sums.of_target
+    value = objective.of(nll, log_total - sums.added / vocabulary.size, log_total)
+    slope = objective.slope(nll, log_total, factors, vocabulary.size)
+    share = own.total / sums.total * (own.highest - sums.highest).exp()
+    gradient = probability.mul_(slope.probability * share).scatter_add_(1, places, slope.target * target_here)
+    if slope.every is not None:
+        gradient.add_(slope.every)
+    logits.copy_(gradient)
+    return nll[:, 0], value[:, 0], (sums.likeliest == targets)[:, 0]
+
+
+def _normalised(logits: Tensor, targets: Tensor, objective: Objective) -> tuple[LogitSums, Tensor]:
+    """Logits ``[P, V]`` in short, and their softmax.
+
+    Args:
+        logits: of the vocabulary, or a part of it.
         targets: ``int64 [P, 1]``.
         objective: tells whether their sum is needed; else anything stands for it.
     """
-    highest, likeliest = logits.max(-1, keepdim=True)
-    of_target = logits.gather(1, targets)
+    likeliest = logits.argmax(-1, keepdim=True)
+    highest, of_target = logits.gather(1, likeliest), logits.gather(1, targets)
     added = logits.sum(-1, keepdim=True) if objective.label_smoothing else of_target
-    return LogitSums(highest, likeliest, logits.sub_(highest).exp_().sum(-1, keepdim=True), of_target, added)
+    probability = logits.softmax(-1)
+    total = probability.gather(1, likeliest).reciprocal()  # of exp(logit - highest), which is 1 at the likeliest
+    return LogitSums(highest, likeliest, total, of_target, added), probability
 
 
-def _accumulate(made: list[Tensor | None], part: slice, gradient: Tensor, inputs: Tensor, matrix: Tensor) -> None:
-    """Add a chunk's gradient ``[rows, vocabulary]`` to those of hidden states, weight and bias."""
-    of_hidden, of_weight, of_bias = made
-    if of_bias is not None:
-        of_bias.add_(gradient.sum(0))
-    gradient = gradient.to(inputs.dtype)
-    if of_hidden is not None:
-        of_hidden[part] = gradient @ matrix
-    if of_weight is None:
-        return
-    if of_weight.dtype == inputs.dtype:
-        of_weight.addmm_(gradient.T, inputs)
-    else:
-        of_weight.add_(gradient.T @ inputs)
+class _Gradients:
+    """Those of a linear head's hidden states, weight and bias, from chunks of those of its logits.
+
+    Args:
+        of_hidden: where to write them; None for none.
+        of_weight: whether they are wanted.
+        of_bias: whether they are wanted.
+    """
+
+    def __init__(self, of_hidden: Tensor | None, of_weight: bool, of_bias: bool) -> None:
+        self.of_hidden = of_hidden
+        self._wanted = (of_weight, of_bias)
+        self._sums: list[Tensor | None] = [None, None]
+
+    def add(self, start: int, of_logits: Tensor, inputs: Tensor, matrix: Tensor) -> None:
+        """Take the chunk that begins at token ``start``; of several, sums are kept in at least float32."""
+        if self.of_hidden is not None:
+            self.of_hidden[start : start + len(inputs)] = of_logits @ matrix
+        of_weight, of_bias = self._sums
+        reduced = _reduced_in(of_logits.dtype)
+        if self._wanted[1]:
+            part = of_logits.sum(0, dtype=reduced)
+            self._sums[1] = part if of_bias is None else of_bias.add_(part)
+        if not self._wanted[0]:
+            return
+        if of_weight is None:
+            self._sums[0] = of_logits.T @ inputs
+        elif of_weight.dtype == of_logits.dtype == reduced:
+            of_weight.addmm_(of_logits.T, inputs)
+        else:
+            self._sums[0] = of_weight.to(reduced).add_(of_logits.T @ inputs)
+
+    def finished(self, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
+        """All three, in the types of what they are gradients of."""
+        found = [self.of_hidden]
+        for of, wanted, total in zip((weight, bias), self._wanted, self._sums, strict=True):
+            of_none = torch.zeros_like(of) if wanted and of is not None and total is None else None
+            found.append(of_none if total is None or of is None else total.to(of.dtype))
+        return found
 
 
-def computes_bfloat16() -> bool:
-    """Whether this CPU has instructions for it; matrix products are some thirty times slower than float32's if not."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def cached_rows(device: str, width: int) -> int:
+    """Rows of ``width`` logits to work on at a time: as many as a CPU's cores have room for in their caches."""
+    piece = CACHED * torch.get_num_threads() if device == "cpu" else PIECE
+    return max(1, piece // (4 * width))
 
 
 def _here(parameter: Tensor | None) -> Tensor | None:

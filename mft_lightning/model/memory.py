@@ -15,9 +15,10 @@ from torch import nn
 
 from mft_lightning.model.activations import Computation, heads_within, kept_by_layer
 from mft_lightning.model.adapters import has_adapters, in_adapter
-from mft_lightning.model.head_loss import computes_bfloat16
+from mft_lightning.model.head_loss import cached_rows
 from mft_lightning.model.lora_start import changes_base
 from mft_lightning.model.parallel import transformer_layers
+from mft_lightning.model.product_dtype import computes_bfloat16
 from mft_lightning.model.quantized import dequantized_bytes, eight_bit_layers, held_bytes
 from mft_lightning.model.step_setup import StepSetup
 from mft_lightning.model.supervised_loss import LOGIT_BUDGET, LOGIT_BUDGETS
@@ -153,10 +154,10 @@ class _Step:
         return max(first, embedding, key=lambda parts: sum(parts.values()))
 
     def _update(self) -> dict[str, float]:
-        """AdamW's denominators: of all weights at once on a GPU, of one after the other on a CPU."""
+        """AdamW is fused and needs nothing; where weights are cut in several ways, denominators of one at a time."""
         trained = self.trained_numel * self.held * self.share
-        if self.setup.device == "cuda":
-            return {"gradients": trained, "optimizer": trained}
+        if self.setup.parallel.tensor_parallel_size == 1:
+            return {"gradients": trained}
         sizes = [parameter.numel() * self.held * self.share for parameter in _trained(self.network)]
         pairs = zip(sizes, [0, *sizes], strict=False)  # two of a weight, and that of the weight before
         return {"gradients": trained, "optimizer": max((2 * size + before for size, before in pairs), default=0)}
@@ -237,6 +238,7 @@ class _Step:
         setup = self.setup
         rows = 1 if setup.packed else setup.conversations
         eager_row = setup.packed and self.config._attn_implementation == "eager"
+        half_on_cpu = setup.device == "cpu" and self.product == 2 and computes_bfloat16()
         how = Computation(
             stream=self.stream,
             product=self.product,
@@ -245,6 +247,7 @@ class _Step:
             norms_cast=self.mixed and self.stream == 2 and setup.device == "cuda",
             rows=rows,
             length=setup.tokens if eager_row else setup.length,
+            blocked=half_on_cpu and setup.packed and not eager_row and not self.config.attention_dropout,
         )
         return setup.tokens * sum(kept_by_layer(self.layer, self.config, how).values())
 
@@ -290,18 +293,21 @@ class _Step:
             computed = 4
         reduced = max(computed, 4)
         budget = LOGIT_BUDGETS.get(setup.device, LOGIT_BUDGET)
-        rows = max(1, min(setup.tokens, budget // (4 * vocabulary)))
+        rows = max(1, min(setup.tokens, budget // (computed * vocabulary)))
         inputs_and_gradients = 2 * self._hidden_states()
         matrix = vocabulary * hidden
-        made = matrix * reduced if self.head_trained_numel else 0
         cast = matrix * computed if computed != self.used else 0
-        half = computed if computed < reduced else 0  # logits and their gradient exist in both precisions for a moment
+        half = computed if computed < reduced else 0  # what exists in both precisions for a moment
         if type(self.head) is not nn.Linear:  # with an adapter: logits, their log-softmax and gradient
             return inputs_and_gradients + rows * vocabulary * (3 * reduced + half)
-        chunk = rows * vocabulary * (reduced + half) + rows * hidden * computed
-        # a product in half precision, which a CPU casts before it adds it to the head's gradient
-        product = matrix * (half + (reduced if half and setup.device == "cpu" else 0)) if self.head_trained_numel else 0
-        return inputs_and_gradients + made + cast + chunk + product
+        piece = min(rows, cached_rows(setup.device, vocabulary)) * vocabulary * reduced
+        chunk = rows * (vocabulary + hidden) * computed + (2 if half else 1) * piece
+        made = 0  # of the head's gradient
+        if self.head_trained_numel and rows == setup.tokens:
+            made = matrix * (computed + (self.used if computed != self.used else 0))
+        elif self.head_trained_numel:  # the sum, and a product, which a CPU casts before it adds it
+            made = matrix * (reduced + half + (reduced if half and setup.device == "cpu" else 0))
+        return inputs_and_gradients + cast + chunk + made
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

@@ -86,8 +86,9 @@ class OptimizerSettings:
 
             optimizer = PagedAdamW(groups, lr=self.learning_rate, betas=betas, eps=self.adam_epsilon)
         else:
-            foreach = None if all(len(by_mesh(group["params"])) == 1 for group in groups) else False
-            optimizer = AdamW(groups, lr=self.learning_rate, betas=betas, eps=self.adam_epsilon, foreach=foreach)
+            alike = all(len(by_mesh(group["params"])) == 1 for group in groups)
+            how: dict[str, Any] = {"fused": True} if alike else {"foreach": False}
+            optimizer = AdamW(groups, lr=self.learning_rate, betas=betas, eps=self.adam_epsilon, **how)
         factor = learning_rate_factor(
             self.lr_scheduler_type,
             warmup_steps=self.num_warmup_steps,

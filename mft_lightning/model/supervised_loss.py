@@ -15,13 +15,14 @@ from mft_lightning.model.attention import packed_row_arguments
 from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.head_loss import head_loss
 from mft_lightning.model.objective import Objective
+from mft_lightning.model.product_dtype import product_dtype
 from mft_lightning.model.quantized import gather_scales
 from mft_lightning.model.vocabulary_parallel import VocabularyPart, is_shared
 from mft_lightning.model.whole_modules import in_force
 
-# bytes of a chunk's float32 logits, by device (benchmarks/head_loss.py)
+# bytes of a chunk's logits as they are computed, by device (benchmarks/head_loss.py)
 LOGIT_BUDGETS = {"cpu": 128 * 2**20}
-LOGIT_BUDGET = 512 * 2**20  # of all others, not yet run on a GPU
+LOGIT_BUDGET = 256 * 2**20  # of all others, not yet run on a GPU
 
 
 class SupervisedNLL(NamedTuple):
@@ -49,7 +50,7 @@ class SupervisedLM(nn.Module):
     Args:
         model: a transformers causal LM, or one wrapped by peft.
         objective: what is minimised of a token.
-        logit_budget: bytes of a chunk's float32 logits. Default: by the device.
+        logit_budget: bytes of a chunk's logits. Default: by the device.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class SupervisedLM(nn.Module):
         chosen = hidden.flatten(0, 1)[micro.predictors]
         factors = torch.ones_like(micro.tasks, dtype=torch.float32) if weigh is None else weigh(micro)
         per_token = factors[micro.conversation]
-        losses = head_loss(self._head, chosen, micro.targets, per_token, self.objective, self._rows(hidden.device))
+        losses = head_loss(self._head, chosen, micro.targets, per_token, self.objective, self._rows(hidden))
         return SupervisedNLL(
             losses.loss,
             losses.nll.new_zeros(conversations).index_add(0, micro.conversation, losses.nll),
@@ -125,13 +126,13 @@ class SupervisedLM(nn.Module):
             **packed_row_arguments(self.causal_lm, micro.packed_lengths, micro.input_ids),
         ).last_hidden_state
 
-    def _rows(self, device: torch.device) -> int:
+    def _rows(self, hidden: Tensor) -> int:
         """Tokens whose logits stand in memory at once, of as many tokens of the vocabulary as are on this device."""
-        budget = self.logit_budget or LOGIT_BUDGETS.get(device.type, LOGIT_BUDGET)
+        budget = self.logit_budget or LOGIT_BUDGETS.get(hidden.device.type, LOGIT_BUDGET)
         head: Any = self._head
         shared = is_shared(head)
         width = VocabularyPart.of(head.weight).count if shared else self.causal_lm.config.get_text_config().vocab_size
-        return max(1, budget // (4 * width))
+        return max(1, budget // (product_dtype(hidden).itemsize * width))
 
 
 def _no_loss(logits: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -11,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mft_lightning.errors import UserError
 from mft_lightning.model.head_loss import TokenLosses, head_loss
 from mft_lightning.model.objective import Objective
+from tests.model.largest import Largest
 
 TOKENS, HIDDEN, VOCABULARY = 13, 5, 11
 OBJECTIVES = st.builds(
@@ -152,21 +151,6 @@ def test_it_is_reduced_in_float32_whatever_computes(dtype: torch.dtype, mixed: b
     for one, other in zip(gradients(ours, scaled), wanted, strict=True):
         assert one.dtype == kind
         assert float((one.double() / 1e4 - other).norm() / other.norm()) < 1e-2
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of any tensor that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, (tuple, list)) else [made]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return made
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
