@@ -28,6 +28,7 @@ class Computation:
         norms_cast: whether each norm keeps a float32 copy of the stream for itself.
         rows: that attention sees side by side.
         length: tokens of such a row; attention that is not fused computes a score for each pair of them.
+        blocked: whether attention is that of ``blocked_attention.py``.
     """
 
     stream: int
@@ -37,6 +38,7 @@ class Computation:
     norms_cast: bool
     rows: int
     length: int
+    blocked: bool = False
 
 
 def kept_by_layer(layer: nn.Module, config: PretrainedConfig, how: Computation) -> dict[str, float]:
@@ -77,6 +79,8 @@ def _attention(width: int, config: PretrainedConfig, how: Computation) -> dict[s
         how: the layer computes.
     """
     heads, product = heads_within(width, config), how.product
+    if how.blocked:
+        return {"query, key, value": 3 * width * product}
     dropout = bool(config.attention_dropout)
     pairs = heads * how.length
     kept: dict[str, float] = {"query, key, value": 3 * width * product, "rotated query, key": 2 * width * product}

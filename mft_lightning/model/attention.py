@@ -15,6 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mft_lightning.model.blocked_attention import blocked_causal_attention, suits_blocks
+
 SDPA_BY_CONVERSATION = "sdpa_by_conversation"
 SLICED_MODEL_TYPES = ("gpt_neox",)  # their layers hand keywords and a ready mask on to the attention function
 
@@ -51,9 +53,14 @@ def sdpa_by_conversation(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     slices = zip(*(states.split(conversation_lengths, dim=2) for states in (query, key, value)), strict=True)
-    attended = [
-        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling) for q, k, v in slices
-    ]
+    if suits_blocks(query, dropout):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attended = [blocked_causal_attention(q[0], k[0], v[0], scale)[None] for q, k, v in slices]
+    else:
+        attended = [
+            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+            for q, k, v in slices
+        ]
     return torch.cat(attended, dim=2).transpose(1, 2), None
 
 
