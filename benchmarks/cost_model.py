@@ -115,6 +115,11 @@ def layer_flops(shape: Shape, micro: Micro) -> float:
     return 2.0 * matrices * micro.tokens + 2.0 * shape.hidden * micro.squares
 
 
+def unneeded_flops(shape: Shape, micro: Micro) -> float:
+    """Of the last layer's MLP in the forward, which tokens that predict nothing do not go through."""
+    return 4.0 * shape.hidden * shape.intermediate * (micro.tokens - micro.supervised)
+
+
 def head_flops(shape: Shape, micro: Micro) -> float:
     """Forward and both gradients of the head, at supervised tokens only; its logits are computed once."""
     return 6.0 * shape.hidden * shape.vocabulary * micro.supervised
@@ -123,7 +128,7 @@ def head_flops(shape: Shape, micro: Micro) -> float:
 def step_flops(shape: Shape, layout: Layout, micros: list[Micro]) -> float:
     """Of one device: layers forward, twice that backward, once more where activations are computed again."""
     passes = 4 if layout.checkpointing else 3
-    layers = sum(passes * shape.layers * layer_flops(shape, micro) for micro in micros)
+    layers = sum(passes * (shape.layers * layer_flops(shape, micro) - unneeded_flops(shape, micro)) for micro in micros)
     return (layers + sum(head_flops(shape, micro) for micro in micros)) / layout.tensor
 
 
@@ -132,8 +137,9 @@ def collectives(shape: Shape, layout: Layout, micros: list[Micro], precision: Pr
 
     DDP reduces the whole gradient once a step. FSDP2 gathers a layer for its forward and again for its backward, in
     every micro-batch, what belongs to no layer once in each, and reduces gradients once a step. Tensor parallelism adds
-    up the products of attention and MLP in the forward, and the gradients of their inputs in the backward; for the
-    loss it gathers a few numbers of every supervised token, and adds up the gradients of the head's inputs.
+    up the products of attention and MLP in the forward, and the gradients of their inputs in the backward, those of the
+    last MLP for supervised tokens alone; for the loss it gathers a few numbers of each of these, and adds up the
+    gradients of the head's inputs.
     """
     found = []
     if layout.strategy == "ddp" and layout.data > 1:
@@ -147,11 +153,12 @@ def collectives(shape: Shape, layout: Layout, micros: list[Micro], precision: Pr
             )
             found.append(Collective("reduce_scatter", unit * precision.reduced, layout.data, count))
     if layout.tensor > 1:
-        times = shape.layers * (forward_sums(layout) + 2)
+        of_last = 2  # of its MLP, forward and backward
+        times = shape.layers * (forward_sums(layout) + 2) - of_last
         for micro in micros:
-            found.append(
-                Collective("all_reduce", micro.tokens * shape.hidden * precision.activation, layout.tensor, times)
-            )
+            token = shape.hidden * precision.activation
+            found.append(Collective("all_reduce", micro.tokens * token, layout.tensor, times))
+            found.append(Collective("all_reduce", micro.supervised * token, layout.tensor, of_last))
             found += head_collectives(shape, layout, micro, precision)
     return found
 

@@ -14,6 +14,7 @@ from mft_lightning.model.adapters import has_adapters
 from mft_lightning.model.attention import packed_row_arguments
 from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.head_loss import head_loss
+from mft_lightning.model.last_layer import is_shortened, shorten_last_layer
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.product_dtype import product_dtype
 from mft_lightning.model.quantized import gather_scales
@@ -61,6 +62,7 @@ class SupervisedLM(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        shorten_last_layer(self.causal_lm)
         self.objective = objective
         self.logit_budget = logit_budget
 
@@ -85,15 +87,14 @@ class SupervisedLM(nn.Module):
             weigh: tells what each conversation's summed objective counts, ``[C]``; 1 if it is left out. A function,
                 because a tensor would be rounded by wrappers that cast what a module is given to half precision.
         """
-        hidden = self.hidden_states(micro)
         conversations = len(micro.tasks)
         if not len(micro.targets):  # a rank without work
-            loss = _no_loss(self._head(hidden))
+            loss = _no_loss(self._head(self.hidden_states(micro)))
             return SupervisedNLL(loss, loss.new_zeros(conversations), micro.tasks.new_zeros(conversations))
-        chosen = hidden.flatten(0, 1)[micro.predictors]
+        hidden = self.predictor_states(micro)
         factors = torch.ones_like(micro.tasks, dtype=torch.float32) if weigh is None else weigh(micro)
         per_token = factors[micro.conversation]
-        losses = head_loss(self._head, chosen, micro.targets, per_token, self.objective, self._rows(hidden))
+        losses = head_loss(self._head, hidden, micro.targets, per_token, self.objective, self._rows(hidden))
         return SupervisedNLL(
             losses.loss,
             losses.nll.new_zeros(conversations).index_add(0, micro.conversation, losses.nll),
@@ -106,17 +107,27 @@ class SupervisedLM(nn.Module):
 
     def logits(self, micro: MicroBatch) -> Tensor:
         """The head's output at the micro-batch's predictors, ``[P, vocabulary]``, as the loss sees it."""
-        return self._head(self.hidden_states(micro).flatten(0, 1)[micro.predictors])
+        return self._head(self.predictor_states(micro))
 
     @property
     def _head(self) -> nn.Module:
         return in_force(cast(nn.Module, self.causal_lm.get_output_embeddings()))
 
-    def hidden_states(self, micro: MicroBatch) -> Tensor:
+    def predictor_states(self, micro: MicroBatch) -> Tensor:
+        """The backbone's last hidden states at the micro-batch's predictors, ``[P, hidden]``."""
+        if is_shortened(self.causal_lm):
+            return self.hidden_states(micro, needed=micro.predictors)[0]
+        return self.hidden_states(micro).flatten(0, 1).index_select(0, micro.predictors)
+
+    def hidden_states(self, micro: MicroBatch, **more: Any) -> Tensor:
         """The backbone's last hidden states, ``[B, T, hidden]``.
 
         ``use_cache=False`` is not about memory alone: with a cache, transformers no longer sees that a row is packed
         and conversations attend to each other.
+
+        Args:
+            micro: the conversations.
+            more: keywords for the backbone's layers.
         """
         backbone = self.causal_lm.base_model
         return backbone(
@@ -124,6 +135,7 @@ class SupervisedLM(nn.Module):
             position_ids=micro.position_ids,
             use_cache=False,
             **packed_row_arguments(self.causal_lm, micro.packed_lengths, micro.input_ids),
+            **more,
         ).last_hidden_state
 
     def _rows(self, hidden: Tensor) -> int:
