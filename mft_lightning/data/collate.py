@@ -73,12 +73,16 @@ class StepBatch(Movable):
         task_conversations: ``int64 [K]``, conversations of each task in the global batch (``S_k``).
         task_supervised: ``int64 [K]``, supervised tokens of each task in the global batch (``N_k``).
         tokens: tokens of the global batch, no padding counted.
+        supervised: those among them that are supervised.
+        squared_lengths: the squares of its conversations' lengths, added up.
     """
 
     micros: list[MicroBatch]
     task_conversations: Tensor
     task_supervised: Tensor
     tokens: int
+    supervised: int
+    squared_lengths: int
 
 
 def collate(table: TokenTable, indices: Sequence[int] | np.ndarray, *, packed: bool, pad_id: int) -> MicroBatch:
@@ -124,12 +128,15 @@ def collate_step(
 ) -> StepBatch:
     """One rank's micro-batches (``dealt``) of the global batch (``batch``), with the counts of the whole."""
     numbers, supervised = table.tasks[batch], table.n_supervised[batch]
+    lengths = table.lengths[batch].astype(np.int64)
     per_task = np.bincount(numbers, weights=supervised, minlength=tasks)
     return StepBatch(
         micros=[collate(table, indices, packed=packed, pad_id=pad_id) for indices in dealt],
         task_conversations=torch.from_numpy(np.bincount(numbers, minlength=tasks)),
         task_supervised=torch.from_numpy(per_task.astype(np.int64)),
-        tokens=int(table.lengths[batch].sum()),
+        tokens=int(lengths.sum()),
+        supervised=int(supervised.sum()),
+        squared_lengths=int((lengths**2).sum()),
     )
 
 

@@ -19,6 +19,7 @@ from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.build import Built, make_network
 from mft_lightning.model.evaluated import EvaluatedModule
 from mft_lightning.model.export import describe, trained_names
+from mft_lightning.model.flops import UsefulFlops
 from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
 from mft_lightning.model.lora import check_adapters, modules_to_save
 from mft_lightning.model.objective import Objective
@@ -149,6 +150,7 @@ class MFTModule(EvaluatedModule):
             trust_remote_code=trust_remote_code,
             seed=seed,
         )
+        self.product_dtype = getattr(torch, product_dtype)
         self.peft_type, self.lora = peft_type, lora
         self.quantization = qlora.resolved(product_dtype) if peft_type == "qlora" else None
         self.checkpoint_activations = checkpoint_activations
@@ -175,6 +177,7 @@ class MFTModule(EvaluatedModule):
         self.built: Built | None = None
         self.matrices: set[str] = set()  # the network's parameters that decay
         self.saved_names: set[str] = set()  # what a checkpoint holds of this module's state
+        self.useful_flops = UsefulFlops(0, 0, 0)  # of the network, before a strategy shards it
         self.last_step: StepResult | None = None
 
     # ---------------------------------------------------------------- setting up
@@ -238,6 +241,7 @@ class MFTModule(EvaluatedModule):
             self.measure(names)
             self.description = describe(self.network.model, self.network.causal_lm, self.built.base)
             self.description |= described(self.quantization)
+            self.useful_flops = UsefulFlops.of(self.network.causal_lm)
             self.matrices = matrix_names(self.network)
             self.saved_names = {NETWORK + name for name in trained_names(self.network.model)}
         return self.network
@@ -281,7 +285,7 @@ class MFTModule(EvaluatedModule):
         """
         self.trainer.optimizers[0].zero_grad()
         *head, last = batch.micros
-        result = StepResult.of(batch, self.trainer.optimizers[0].param_groups[0]["lr"])
+        result = StepResult.of(batch, self.useful_flops, self.trainer.optimizers[0].param_groups[0]["lr"])
         self.last_step = result
         with gradients_kept_local(self._network):
             for micro in head:

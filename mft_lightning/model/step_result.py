@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mft_lightning.data.collate import MicroBatch, StepBatch
+from mft_lightning.model.flops import UsefulFlops
 from mft_lightning.model.supervised_loss import SupervisedNLL
 
 
@@ -23,6 +24,7 @@ class StepResult:
         correct: tokens of each task that were the most likely one, this rank's part, ``float64 [K]``.
         task_supervised: supervised tokens of each task in the global batch, ``int64 [K]``.
         tokens: tokens of the global batch.
+        flops: useful operations of the step, on all ranks together.
         learning_rate: of this step.
         numbers: of the conversations of each of this rank's micro-batches, ``int64 [C]``.
         conversation_nll: their summed NLL, ``[C]``.
@@ -34,16 +36,18 @@ class StepResult:
     correct: Tensor
     task_supervised: Tensor
     tokens: int
+    flops: int
     learning_rate: float
     numbers: list[Tensor] = field(default_factory=list)
     conversation_nll: list[Tensor] = field(default_factory=list)
     grad_norm: float | None = None
 
     @classmethod
-    def of(cls, batch: StepBatch, learning_rate: float) -> Self:
+    def of(cls, batch: StepBatch, useful: UsefulFlops, learning_rate: float) -> Self:
         """That of a step which has not begun."""
         zeros = torch.zeros_like(batch.task_supervised, dtype=torch.float64)
-        return cls(zeros.sum(), zeros, zeros.clone(), batch.task_supervised, batch.tokens, learning_rate)
+        flops = useful.of_step(batch.tokens, batch.supervised, batch.squared_lengths)
+        return cls(zeros.sum(), zeros, zeros.clone(), batch.task_supervised, batch.tokens, flops, learning_rate)
 
     def add(self, micro: MicroBatch, found: SupervisedNLL) -> None:
         """Add a micro-batch and what its forward gave."""

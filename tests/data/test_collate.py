@@ -170,6 +170,8 @@ def test_every_rank_knows_the_counts_of_the_whole_step(
                 assert share.task_conversations[task] == len(mine)
                 assert share.task_supervised[task] == sum(sum(encoded.supervised) for encoded in mine)
             assert share.tokens == sum(len(encoded.input_ids) for _, encoded in batch)
+            assert share.supervised == sum(sum(encoded.supervised) for _, encoded in batch)
+            assert share.squared_lengths == sum(len(encoded.input_ids) ** 2 for _, encoded in batch)
         targets = [target for share in shares for micro in share.micros for target in micro.targets.tolist()]
         wanted = [i for _, e in batch for i, one in zip(e.input_ids, e.supervised, strict=True) if one]
         assert sorted(targets) == sorted(wanted)
