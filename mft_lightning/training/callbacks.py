@@ -12,13 +12,16 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from torch import distributed as dist
 
+from mft_lightning import ranks
 from mft_lightning.aside import written_aside
 from mft_lightning.data.place import data_parallel_place
 from mft_lightning.data.tokenizer import save_tokenizer
 from mft_lightning.errors import UserError
 from mft_lightning.model.base import holds
 from mft_lightning.model.export import save_base, save_causal_lm
+from mft_lightning.model.gemm_peak import gemm_speed
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import summed_over_data
 from mft_lightning.model.step_result import StepResult
@@ -62,16 +65,28 @@ class StepLogging(L.Callback):
 
     Logged are the first step, every ``trainer.log_every_n_steps``-th, each that was skipped, and the last (unless the
     validation after it is what ends the run). A task that is absent from a step leaves a gap, and so does a number that
-    is not finite. Tokens a second count saving, not validating.
+    is not finite. Tokens a second count saving, not validating; so does ``train/mfu``, the useful operations a second
+    (``model/flops.py``) as a share of what all devices multiply matrices with, measured when training starts.
+
+    Args:
+        every: optimizer steps between two that are logged.
+        skipped: counts the skipped ones.
+        measures_peak: whether anybody would read ``train/mfu``.
     """
 
-    def __init__(self, every: int, skipped: SkippedSteps) -> None:
-        self.every, self.skipped = every, skipped
-        self._tokens = 0
+    def __init__(self, every: int, skipped: SkippedSteps, *, measures_peak: bool) -> None:
+        self.every, self.skipped, self.measures_peak = every, skipped, measures_peak
+        self._peak: float | None = None
+        self._tokens = self._flops = 0
         self._since = time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._tokens, self._since = 0, time.perf_counter()
+        if self.measures_peak:
+            self._peak = _gemm_peak(trainer, cast(MFTModule, pl_module).product_dtype)
+        self._begin(time.perf_counter())
+
+    def _begin(self, now: float) -> None:
+        self._tokens, self._flops, self._since = 0, 0, now
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._paused = time.perf_counter()
@@ -84,6 +99,7 @@ class StepLogging(L.Callback):
         assert module.last_step is not None
         result, step = module.last_step, trainer.global_step
         self._tokens += result.tokens
+        self._flops += result.flops
         if not (step == 1 or step % self.every == 0 or result.skipped or is_run_end(trainer)):
             return
         metrics = {k: v for k, v in self._metrics(trainer, module, result).items() if math.isfinite(v)}
@@ -110,9 +126,25 @@ class StepLogging(L.Callback):
         metrics["train/grad_norm"] = result.grad_norm
         if total := self.skipped.total + result.skipped:  # this step is counted when it is logged
             metrics["train/skipped_steps"] = total
-        metrics["train/tokens_per_second"] = self._tokens / max(now - self._since, 1e-9)
-        self._tokens, self._since = 0, now
+        seconds = max(now - self._since, 1e-9)
+        metrics["train/tokens_per_second"] = self._tokens / seconds
+        if self._peak is not None:
+            metrics["train/mfu"] = self._flops / (seconds * self._peak)
+        self._begin(now)
         return metrics
+
+
+def _gemm_peak(trainer: L.Trainer, dtype: torch.dtype) -> float:
+    """What the devices of all ranks multiply matrices with, in operations a second.
+
+    All measure at the same time, so that what ranks of one machine share, like its memory, they share here too.
+    """
+    device = trainer.strategy.root_device
+    trainer.strategy.barrier()
+    speed = torch.tensor(gemm_speed(device, dtype), dtype=torch.float64, device=device)
+    if ranks.are_several():
+        dist.all_reduce(speed)
+    return speed.item()
 
 
 class ConfiguredEarlyStopping(EarlyStopping):

@@ -135,8 +135,15 @@ def fit_trainer(
     timer = _timer(keys["max_time"]) if keys.get("max_time") is not None else None
     callbacks += [timer] if timer is not None else []
     callbacks += [*_listed(keys.get("callbacks")), *extra_callbacks]
+    loggers: Any = keys.get("logger")
+    if loggers in (None, True):
+        loggers = [
+            Curves(tensorboard_dir, resumed_step),
+            MetricsCSV(output_dir / "metrics.csv", resumed_step),
+        ]
     skipped = SkippedSteps(output_dir / SKIPPED_STEPS)
-    callbacks += [StepLogging(keys["log_every_n_steps"], skipped), skipped, Balancing(checkpoint_io.module.coba)]
+    callbacks += [StepLogging(keys["log_every_n_steps"], skipped, measures_peak=bool(loggers)), skipped]
+    callbacks.append(Balancing(checkpoint_io.module.coba))
     if checkpoint_io.module.source.init == "random":
         callbacks.append(RandomBase(output_dir / "base", resumed=resumed_step > 0))
     if settings.early_stopping.patience != -1:
@@ -145,12 +152,6 @@ def fit_trainer(
         callbacks.append(evaluation)
     callbacks += _exact_match(settings)
     callbacks.append(HFModelCheckpoint(settings.checkpoint, output_dir, evaluation, checkpoint_io))
-    loggers: Any = keys.get("logger")
-    if loggers in (None, True):
-        loggers = [
-            Curves(tensorboard_dir, resumed_step),
-            MetricsCSV(output_dir / "metrics.csv", resumed_step),
-        ]
     bar, pace = _shows_bar(keys), Pace(total_steps, timer)
     callbacks += [RunBar(total_steps, pace)] if bar and not _own_bar(keys) else []
     loggers = [*_listed(loggers or None), PlainLines(total_steps, None if bar else pace)]

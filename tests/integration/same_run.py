@@ -130,7 +130,7 @@ def _in_curves(ours: Path, theirs: Path) -> Iterator[str]:
         if more := sorted(set(other_steps) - set(steps)):
             yield f"{tag}: has points at steps {more} that are left over"
         values = dict(other)
-        if wrong := [step for step, value in points if tag != TIMED and value != values.get(step, value)]:
+        if wrong := [step for step, value in points if tag not in TIMED and value != values.get(step, value)]:
             yield f"{tag}: has other values at steps {wrong}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mft_lightning.cli import main
 from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.training import callbacks
 from tests.integration.conftest import TASKS, checkpoints, command, metrics
 
 
@@ -42,7 +44,7 @@ def test_tensorboard_has_the_contract_s_tags_at_the_steps_completed(fit: Callabl
     events = EventAccumulator(str(run / "runs"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    wanted = {"train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "val/loss"}
+    wanted = {"train/loss", "train/lr", "train/grad_norm", "train/tokens_per_second", "train/mfu", "val/loss"}
     wanted |= {f"train/{kind}/{task}" for kind in ("loss", "weight") for task in TASKS}
     wanted |= {f"val/{kind}/{task}" for kind in ("loss", "perplexity", "accuracy") for task in TASKS}
     assert wanted <= tags
@@ -50,6 +52,23 @@ def test_tensorboard_has_the_contract_s_tags_at_the_steps_completed(fit: Callabl
     assert [event.step for event in events.Scalars("val/loss")] == [0, 4, 8]
     rates = [event.value for event in events.Scalars("train/lr")]
     assert rates[1] == pytest.approx(1e-2) and rates[-1] == pytest.approx(1e-5)
+
+
+def test_every_logged_step_has_its_share_of_the_devices_speed(fit: Callable[..., Path], tmp_path: Path) -> None:
+    run = fit(tmp_path / "run", "--evaluation.strategy", "none", "--trainer.max_steps", "3")
+    with (run / "metrics.csv").open(newline="") as handle:
+        shares = [float(row["train/mfu"]) for row in csv.DictReader(handle)]
+    assert len(shares) == 3 and all(0 < share < 1.5 for share in shares)
+
+
+def test_nothing_is_measured_where_nobody_reads_it(
+    fit: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*given: object) -> float:
+        raise AssertionError("the device's speed was measured")
+
+    monkeypatch.setattr(callbacks, "gemm_speed", measured)
+    fit(tmp_path / "run", "--evaluation.strategy", "none", "--trainer.max_steps", "1", "--trainer.logger", "false")
 
 
 def test_validation_is_the_plain_mean_whatever_the_batch_size(
