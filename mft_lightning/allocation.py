@@ -14,8 +14,8 @@ def keep_freed_memory() -> None:
     """Keep large blocks for the next allocation instead of giving each back to the system when it is freed.
 
     The system hands out memory anew page by page, and clears it: on a CPU that takes longer than many an operation on
-    it (``benchmarks/train_throughput.py --freed-memory given-back``). Another C library than glibc, an allocator that
-    is loaded in its place, and what the user has set for glibc's in the environment stay as they are.
+    it. Another C library than glibc, an allocator that is loaded in its place, and what the user has set for glibc's in
+    the environment stay as they are: ``MALLOC_MMAP_MAX_=65536``, its default, gives the memory back.
     """
     asked = any(name.startswith("MALLOC_") for name in os.environ) or "glibc.malloc" in os.environ.get(
         "GLIBC_TUNABLES", ""
