@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mft_lightning.allocation import keep_freed_memory
 from mft_lightning.model import blocked_attention
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -52,7 +51,6 @@ def main() -> None:
     parser.add_argument("--head", type=int, default=64, help="elements of one")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    keep_freed_memory()
     torch.manual_seed(0)
     ways: dict[str, Way] = {"fused": fused} | {f"blocks {n}": partial(blocked, n) for n in options.queries}
     print(f"{options.heads} heads of {options.head}, torch {torch.__version__}, {torch.get_num_threads()} threads")

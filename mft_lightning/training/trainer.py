@@ -10,11 +10,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import ProgressBar, Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from mft_lightning.allocation import keep_freed_memory
 from mft_lightning.errors import UserError
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.screen import console
@@ -270,12 +268,9 @@ def _timer(duration: Any) -> Timer:
 
 def _trainer(keys: dict[str, Any]) -> L.Trainer:
     try:
-        trainer = L.Trainer(**keys)
+        return L.Trainer(**keys)
     except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
-    if isinstance(trainer.accelerator, CPUAccelerator):
-        keep_freed_memory()
-    return trainer
 
 
 def _listed(value: Any) -> list[Any]:
