@@ -1,0 +1,63 @@
+"""Write the work of a comparison: the steps that this program plans, as token ids for everyone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.throughput.ours import fit_options
+from benchmarks.throughput.table import Work
+from benchmarks.throughput.useful import step_flops
+from benchmarks.throughput.workload import Workload, make_base
+from mft_lightning.commands.planned import PlannedRun
+from mft_lightning.errors import UserError
+
+IGNORED = -100  # the label of what is not supervised
+
+
+def prepare(workload: Workload, model: Path, methods: list[str], warm_up: int) -> dict[str, Work]:
+    """Write everything that contenders read.
+
+    Args:
+        workload: what they are to do.
+        model: directory of a GPT-NeoX configuration and its tokenizer.
+        methods: with which they train.
+        warm_up: steps that are not measured; the last of the workload is only begun.
+
+    Returns:
+        What the measured steps hold, for each method.
+
+    Raises:
+        UserError: the data has fewer steps, or cannot be used.
+    """
+    make_base(workload, model)
+    workload.write()
+    run = PlannedRun(fit_options(workload, "packed", "full", "32-true"))
+    run.datamodule.setup("fit")
+    table, plan = run.datamodule.table("train"), run.datamodule.plan
+    if plan.steps_per_epoch <= workload.steps:
+        raise UserError(
+            f"--data: has {plan.steps_per_epoch} steps of {workload.conversations} conversations, and more than "
+            f"{workload.steps} are wanted. Give more data, fewer --rounds or fewer --conversations."
+        )
+    conversations: list[dict[str, list[int]]] = []
+    for step in range(workload.steps):
+        for index in plan.global_batch(0, step):
+            ids, supervised = table.row(int(index))
+            labels = [int(token) if counts else IGNORED for token, counts in zip(ids, supervised, strict=True)]
+            conversations.append({"input_ids": ids.tolist(), "labels": [IGNORED, *labels[1:]]})
+    (Path(workload.directory) / "conversations.json").write_text(json.dumps(conversations))
+    measured = workload.steps_of(conversations)[warm_up:-1]
+    lengths = [[len(conversation["input_ids"]) for conversation in step] for step in measured]
+    supervised = [sum(label != IGNORED for row in step for label in row["labels"]) for step in measured]
+    return {
+        method: Work([sum(step) for step in lengths], supervised, _flops(workload, method, lengths, supervised))
+        for method in methods
+    }
+
+
+def _flops(workload: Workload, method: str, lengths: list[list[int]], supervised: list[int]) -> list[float]:
+    """Useful operations of each step; the base's bits make no difference."""
+    run = PlannedRun(fit_options(workload, "packed", "full" if method == "full" else "lora", "32-true"))
+    model = run.network().causal_lm
+    return [step_flops(model, step, count) for step, count in zip(lengths, supervised, strict=True)]
