@@ -8,6 +8,7 @@ from benchmarks.throughput.contenders import OURS, Contender, contenders, left_o
 from benchmarks.throughput.table import Row, Work, make_row
 from benchmarks.throughput.turns import take_turns
 from benchmarks.throughput.workload import Workload
+from mft_lightning.errors import UserError
 
 EXACT = "32-true"  # the precision whose losses the others' are compared with
 
@@ -39,6 +40,9 @@ def compare(
 
     Returns:
         Operations a second of matrix products before each round, by precision.
+
+    Raises:
+        UserError: this program fails where the others' losses are compared with its own.
     """
     speeds: dict[str, list[float]] = {}
     reference: list[float] | None = None
@@ -53,10 +57,13 @@ def compare(
         results, speeds[precision] = take_turns(chosen, available, workload, **rounds)
         ours = next((result for result in results if result.contender.program == OURS), None)
         if reference is None:
-            exact = ours if precision == EXACT else None
-            if exact is None or exact.failed:
-                alone = Contender(OURS, "packed", method, EXACT)
-                (exact,), _ = take_turns([alone], available, workload, **rounds)
+            exact = ours
+            if exact is None or precision != EXACT:
+                (exact,), _ = take_turns([Contender(OURS, "packed", method, EXACT)], available, workload, **rounds)
+            if exact.failed is not None:
+                raise UserError(
+                    f"this program failed with {method} in {EXACT}, so there is no loss to compare with: {exact.failed}"
+                )
             reference = exact.losses
         for result in results:
             tell(make_row(result, ours, work, speeds[precision], reference))

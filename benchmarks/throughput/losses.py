@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 from benchmarks.throughput.turns import Measured
 
 TOLERANCE = {"32-true": 1e-4, "bf16-mixed": 2e-2, "bf16-true": 2e-2}  # of a loss, relative
 
 
 def loss_off(measured: Measured, reference: list[float]) -> float:
-    """The largest relative difference from ``reference`` in any step, or in the first where adapters are others."""
+    """The largest relative difference from ``reference`` in any step, or in the first where adapters are others.
+
+    Not a number where a loss is none.
+    """
     steps = None if measured.contender.same_adapters else 1
     pairs = list(zip(measured.losses, reference, strict=True))[:steps]
-    return max(abs(loss / wanted - 1) for loss, wanted in pairs)
+    differences = [abs(loss / wanted - 1) for loss, wanted in pairs]
+    return math.nan if any(map(math.isnan, differences)) else max(differences)
 
 
 def is_other_loss(measured: Measured, reference: list[float]) -> bool:

@@ -47,6 +47,7 @@ def fit_options(workload: Workload, setting: str, method: str, precision: str) -
         "data.data_split": "100,0,0",
         "data.padding_mode": SETTINGS[setting],
         "data.seq_length": workload.seq_length,
+        "data.cache_dir": Path(workload.directory) / "cache",
         "data.total_train_batch_size": workload.conversations,
         "data.per_device_train_batch_size": workload.rows,
         "model.pretrained_model_path": workload.model,

@@ -1,17 +1,24 @@
-"""Write the work of a comparison: the steps that this program plans, as token ids for everyone."""
+"""Write the work of a comparison: a base, an adapter, and the steps that this program plans, as ids for all."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks.throughput.ours import fit_options
 from benchmarks.throughput.table import Work
 from benchmarks.throughput.useful import step_flops
-from benchmarks.throughput.workload import Workload, make_base
+from benchmarks.throughput.workload import Workload
 from mft_lightning.commands.planned import PlannedRun
 from mft_lightning.errors import UserError
+from mft_lightning.model.lora import LORA_TARGETS
+from mft_lightning.model.source import load_config
 
+MODEL_TYPE = "gpt_neox"
 IGNORED = -100  # the label of what is not supervised
 
 
@@ -30,14 +37,14 @@ def prepare(workload: Workload, model: Path, methods: list[str], warm_up: int) -
     Raises:
         UserError: the data has fewer steps, or cannot be used.
     """
-    make_base(workload, model)
+    _make_base(workload, model)
     workload.write()
     run = PlannedRun(fit_options(workload, "packed", "full", "32-true"))
     run.datamodule.setup("fit")
     table, plan = run.datamodule.table("train"), run.datamodule.plan
     if plan.steps_per_epoch <= workload.steps:
         raise UserError(
-            f"--data: has {plan.steps_per_epoch} steps of {workload.conversations} conversations, and more than "
+            f"--data: steps of {workload.conversations} conversations in it: {plan.steps_per_epoch}, and more than "
             f"{workload.steps} are wanted. Give more data, fewer --rounds or fewer --conversations."
         )
     conversations: list[dict[str, list[int]]] = []
@@ -54,6 +61,22 @@ def prepare(workload: Workload, model: Path, methods: list[str], warm_up: int) -
         method: Work([sum(step) for step in lengths], supervised, _flops(workload, method, lengths, supervised))
         for method in methods
     }
+
+
+def _make_base(workload: Workload, model: Path) -> None:
+    """Write the base, random weights under the configuration in ``model``, and the adapter that is put on it."""
+    from peft import LoraConfig, get_peft_model  # which imports bitsandbytes, whose complaint is then kept quiet
+
+    config = load_config(str(model), MODEL_TYPE)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    base.save_pretrained(workload.model)
+    for file in model.glob("tokenizer*"):
+        shutil.copy(file, workload.model)
+    base.name_or_path = workload.model  # which the adapter names as its base
+    targets = LORA_TARGETS[MODEL_TYPE]
+    adapters = LoraConfig(r=workload.rank, lora_alpha=2 * workload.rank, lora_dropout=0.0, target_modules=targets)
+    get_peft_model(base, adapters).save_pretrained(workload.adapter)
 
 
 def _flops(workload: Workload, method: str, lengths: list[list[int]], supervised: list[int]) -> list[float]:

@@ -138,7 +138,7 @@ def _times(ratio: float | None) -> str:
 
 
 GROUPS = {  # of contenders, by the beginning of their names
-    "TRL": "TRL's best",
+    "TRL": "TRL's fastest",
     "Trainer, packed": "Trainer, packed",
     "Trainer, padded": "Trainer, padded",
     "litgpt": "litgpt",
@@ -146,40 +146,53 @@ GROUPS = {  # of contenders, by the beginning of their names
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
-    """How many times faster this program is, and its memory as a share, by method and precision.
+    """How many times as fast this program is as others, and its memory as a share of theirs.
 
-    The last lines compare the fastest precision of each. Rows with another loss do not count.
+    A line for each method and precision, and one for each method with everyone at the fastest precision. Rows with
+    another loss do not count.
     """
-    names = " | ".join(f"faster than {name} | memory of it" for name in GROUPS.values())
-    lines = [f"| ours | {names} | of GEMM |", f"|{'---|' * (2 * len(GROUPS) + 2)}"]
+    present = {
+        beginning: name for beginning, name in GROUPS.items() if any(row.name.startswith(beginning) for row in rows)
+    }
+    lines = [f"| times as fast, share of the memory | {' | '.join(present.values())} | of GEMM |"]
+    lines += [f"|{'---|' * (len(present) + 2)}"]
     for method in dict.fromkeys(row.method for row in rows):
         of_method = [row for row in rows if row.method == method and row.counts]
         for precision in dict.fromkeys(row.precision for row in of_method):
-            lines += _compared(f"{method}, {precision}", [row for row in of_method if row.precision == precision])
+            same = [row for row in of_method if row.precision == precision]
+            lines += _compared(f"{method}, {precision}", same, list(present))
         if len({row.precision for row in of_method}) > 1:
-            lines += _compared(f"{method}, each at its fastest", of_method)
-    return lines if len(lines) > 2 else []
+            lines += _compared(f"{method}, each at its fastest", of_method, list(present))
+    return lines
 
 
-def _compared(what: str, rows: Sequence[Row]) -> list[str]:
+def _compared(what: str, rows: Sequence[Row], beginnings: Sequence[str]) -> list[str]:
     ours = _fastest(rows, OURS)
     if ours is None:
         return []
-    cells: list[str] = []
-    for beginning in GROUPS:
+    cells = [f"{what}: {_short(ours, rows)}"]
+    for beginning in beginnings:
         best = _fastest(rows, beginning)
-        cells += ["", ""] if best is None else [_ratio(best, ours), f"{ours.peak_mib / best.peak_mib:.0%}"]
-    return [f"| {what} ({_short(ours)}) | {' | '.join(cells)} | {ours.gemm_share:.0%} |"]
+        if best is None:
+            cells.append("")
+        else:
+            assert ours.peak_mib is not None and best.peak_mib is not None
+            share = ours.peak_mib / best.peak_mib
+            cells.append(f"{_times_as_fast(ours, best):.2f}, {share:.0%} ({_short(best, rows)})")
+    return [f"| {' | '.join(cells)} | {ours.gemm_share:.0%} |"]
 
 
-def _ratio(other: Row, ours: Row) -> str:
-    """How many times faster: of the same rounds where they took turns, else of the medians."""
-    same = ours.precision == other.precision and ours.slower and other.slower
-    return f"{other.slower / ours.slower if same else ours.tokens / other.tokens:.2f} ({_short(other)})"  # type: ignore
+def _times_as_fast(ours: Row, other: Row) -> float:
+    """By the same rounds where they took turns, else by the medians."""
+    if ours.precision == other.precision and ours.slower is not None and other.slower is not None:
+        return other.slower / ours.slower
+    assert ours.tokens is not None and other.tokens is not None
+    return ours.tokens / other.tokens
 
 
-def _short(row: Row) -> str:
-    return f"{row.name.partition(', ')[2]}, {row.precision}"
+def _short(row: Row, rows: Sequence[Row]) -> str:
+    setting = row.name.partition(", ")[2]
+    return setting if len({row.precision for row in rows}) == 1 else f"{setting}, {row.precision}"
 
 
 def _fastest(rows: Sequence[Row], beginning: str) -> Row | None:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -109,7 +109,8 @@ class Paused:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.log):
             assert stream is not None
-            stream.close()
+            with suppress(BrokenPipeError):  # of a line that it did not read any more
+                stream.close()
 
 
 def take_turns(

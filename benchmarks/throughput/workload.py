@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-ADAPTED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]  # GPT-NeoX's linear layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +68,3 @@ class Workload:
     @classmethod
     def read(cls, directory: str) -> Workload:
         return cls(**json.loads((Path(directory) / "workload.json").read_text()))
-
-
-def make_base(workload: Workload, model: Path) -> None:
-    """Write the base, random weights under the configuration in ``model``, and the adapter that is put on it."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.float32)
-    base.save_pretrained(workload.model)
-    for file in model.glob("tokenizer*"):
-        shutil.copy(file, workload.model)
-    base.name_or_path = workload.model  # which the adapter names as its base
-    config = LoraConfig(
-        r=workload.rank, lora_alpha=2 * workload.rank, lora_dropout=0.0, target_modules=ADAPTED, task_type="CAUSAL_LM"
-    )
-    get_peft_model(base, config).save_pretrained(workload.adapter)
