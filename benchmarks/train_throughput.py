@@ -53,11 +53,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--attention", help="of everyone. Default: sdpa, on CUDA flash_attention_2")
-    parser.add_argument("--work", type=Path, help="a directory to keep what is written in, logs too")
+    parser.add_argument("--work", type=Path, help="a new directory to keep what is written in, logs too")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args(argv)
     if options.conversations % options.micro_batches:
         parser.error("--conversations: is no multiple of --micro-batches")
+    if options.work is not None and options.work.is_dir() and any(options.work.iterdir()):
+        parser.error(f"--work: {options.work} is not empty")
     return options
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 
 from benchmarks.throughput.contenders import OURS, Contender, contenders, left_out
 from benchmarks.throughput.table import Row, Work, make_row
-from benchmarks.throughput.turns import take_turns
+from benchmarks.throughput.turns import Measured, take_turns
 from benchmarks.throughput.workload import Workload
 from mft_lightning.errors import UserError
 
-EXACT = "32-true"  # the precision whose losses the others' are compared with
+EXACT = "32-true"  # the precision in which this program's losses are what the others' are compared with
+EXACT_OURS = (OURS, EXACT)
 
 
 def compare(
@@ -45,35 +46,46 @@ def compare(
         UserError: this program fails where the others' losses are compared with its own.
     """
     speeds: dict[str, list[float]] = {}
-    reference: list[float] | None = None
-    for precision in sorted(precisions, key=lambda precision: precision != EXACT):
-        chosen, reasons = _present(contenders(method, precision, only), pythons)
-        for contender, reason in reasons.items():
-            tell(Row(name=contender.name, method=method, precision=precision, note=f"left out: {reason}"))
-        if not chosen:
+    available = {program: python for program, python in pythons.items() if python is not None}
+    rounds = {"warm_up": warm_up, "rounds": len(work.tokens), "threads": threads}
+    present = {precision: _present(contenders(method, precision, only), pythons, tell) for precision in precisions}
+    reference = None
+    for precision in sorted(present, key=lambda precision: precision != EXACT):
+        if not (chosen := present[precision]):
             continue
-        available = {program: python for program, python in pythons.items() if python is not None}
-        rounds = {"warm_up": warm_up, "rounds": len(work.tokens), "threads": threads}
+        if reference is None and EXACT_OURS not in ((other.program, other.precision) for other in chosen):
+            (exact,), _ = take_turns([Contender(OURS, "packed", method, EXACT)], available, workload, **rounds)
+            reference = _losses(exact)
         results, speeds[precision] = take_turns(chosen, available, workload, **rounds)
         ours = next((result for result in results if result.contender.program == OURS), None)
         if reference is None:
-            exact = ours
-            if exact is None or precision != EXACT:
-                (exact,), _ = take_turns([Contender(OURS, "packed", method, EXACT)], available, workload, **rounds)
-            if exact.failed is not None:
-                raise UserError(
-                    f"this program failed with {method} in {EXACT}, so there is no loss to compare with: {exact.failed}"
-                )
-            reference = exact.losses
+            assert ours is not None
+            reference = _losses(ours)
         for result in results:
             tell(make_row(result, ours, work, speeds[precision], reference))
     return speeds
 
 
+def _losses(exact: Measured) -> list[float]:
+    """Those that others are compared with."""
+    if exact.failed is not None:
+        contender = exact.contender
+        raise UserError(
+            f"{contender.name} failed with {contender.method} in {contender.precision}, so that there is no loss to "
+            f"compare others' with: {exact.failed}"
+        )
+    return exact.losses
+
+
 def _present(
-    chosen: list[Contender], pythons: Mapping[str, str | None]
-) -> tuple[list[Contender], dict[Contender, str]]:
-    """The contenders that can take part, and why others cannot."""
-    reasons = {contender: left_out(contender, pythons[contender.program]) for contender in chosen}
-    present = [contender for contender, reason in reasons.items() if reason is None]
-    return present, {contender: reason for contender, reason in reasons.items() if reason is not None}
+    chosen: list[Contender], pythons: Mapping[str, str | None], tell: Callable[[Row], None]
+) -> list[Contender]:
+    """The contenders that can take part; why others cannot is told."""
+    present = []
+    for contender in chosen:
+        if (reason := left_out(contender, pythons[contender.program])) is None:
+            present.append(contender)
+        else:
+            of = {"name": contender.name, "method": contender.method, "precision": contender.precision}
+            tell(Row(**of, note=f"left out: {reason}"))
+    return present
