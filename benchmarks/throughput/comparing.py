@@ -48,11 +48,12 @@ def compare(
     speeds: dict[str, list[float]] = {}
     available = {program: python for program, python in pythons.items() if python is not None}
     rounds = {"warm_up": warm_up, "rounds": len(work.tokens), "threads": threads}
-    present = {precision: _present(contenders(method, precision, only), pythons, tell) for precision in precisions}
+    absent = _absent(method, only, pythons, tell)
     reference = None
-    for precision in sorted(present, key=lambda precision: precision != EXACT):
-        if not (chosen := present[precision]):
-            continue
+    for precision in sorted(precisions, key=lambda precision: precision != EXACT):
+        chosen = [other for other in contenders(method, precision, only) if other.program not in absent]
+        if not chosen:
+            break
         if reference is None and EXACT_OURS not in ((other.program, other.precision) for other in chosen):
             (exact,), _ = take_turns([Contender(OURS, "packed", method, EXACT)], available, workload, **rounds)
             reference = _losses(exact)
@@ -77,15 +78,10 @@ def _losses(exact: Measured) -> list[float]:
     return exact.losses
 
 
-def _present(
-    chosen: list[Contender], pythons: Mapping[str, str | None], tell: Callable[[Row], None]
-) -> list[Contender]:
-    """The contenders that can take part; why others cannot is told."""
-    present = []
-    for contender in chosen:
-        if (reason := left_out(contender, pythons[contender.program])) is None:
-            present.append(contender)
-        else:
-            of = {"name": contender.name, "method": contender.method, "precision": contender.precision}
-            tell(Row(**of, note=f"left out: {reason}"))
-    return present
+def _absent(method: str, only: list[str], pythons: Mapping[str, str | None], tell: Callable[[Row], None]) -> set[str]:
+    """The programs that cannot take part; why is told of each of their settings."""
+    reasons = {program: left_out(program, method, python) for program, python in pythons.items()}
+    for contender in contenders(method, EXACT, only):
+        if (reason := reasons[contender.program]) is not None:
+            tell(Row(name=contender.name, method=method, precision="", note=f"left out: {reason}"))
+    return {program for program, reason in reasons.items() if reason is not None}

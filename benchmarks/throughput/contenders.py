@@ -96,14 +96,14 @@ def contenders(method: str, precision: str, only: list[str]) -> list[Contender]:
     return [contender for contender in found if not only or any(word in contender.name for word in only)]
 
 
-def left_out(contender: Contender, python: str | None) -> str | None:
-    """Why a contender cannot take part, if it cannot."""
-    program = PROGRAMS[contender.program]
-    if contender.method not in program.methods:
-        return f"does not train with {contender.method} here"
+def left_out(name: str, method: str, python: str | None) -> str | None:
+    """Why a program cannot take part with a method, if it cannot."""
+    program = PROGRAMS[name]
+    if method not in program.methods:
+        return f"does not train with {method} here"
     if python is None:
         return f"no {program.python} was given"
-    needs = (*program.needs, "bitsandbytes") if contender.method == "qlora" else program.needs
+    needs = (*program.needs, "bitsandbytes") if method == "qlora" else program.needs
     versions = installed(python, needs)
     if missing := [name for name, version in versions.items() if version is None]:
         return f"{', '.join(missing)} cannot be imported by {program.python or 'this Python'}"

@@ -31,7 +31,7 @@ class Row:
     Attributes:
         name: of the contender.
         method: with which it trains.
-        precision: at which.
+        precision: at which; empty where none of them was tried.
         note: why there are no figures, or why they do not count.
         seconds: of a step.
         tokens: a second, no padding counted.
