@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -104,7 +103,6 @@ def measure(options: argparse.Namespace, workload: Workload, works: dict[str, Wo
         "",
     )
     rows: list[Row] = []
-    gemm = {}
 
     def tell(row: Row) -> None:
         rows.append(row)
@@ -112,7 +110,7 @@ def measure(options: argparse.Namespace, workload: Workload, works: dict[str, Wo
 
     say(heading())
     for method, work in works.items():
-        gemm[method] = compare(
+        compare(
             method,
             options.precision,
             options.only,
@@ -124,12 +122,9 @@ def measure(options: argparse.Namespace, workload: Workload, works: dict[str, Wo
             tell=tell,
         )
     say("", *summary(rows), "")
-    for method, speeds in gemm.items():
-        for precision, found in speeds.items():
-            say(f"matrix products, {method}, {precision}: {statistics.median(found) / 1e9:,.0f} GFLOP/s")
     say(f"all of it took {time.perf_counter() - begun:,.0f} s")
     if options.json is not None:
-        options.json.write_text(json.dumps({**as_json(rows), "versions": versions, "gemm": gemm}, indent=1))
+        options.json.write_text(json.dumps({**as_json(rows), "versions": versions}, indent=1))
     return int(any(row.note.startswith(("failed", OTHER_LOSS)) for row in rows))
 
 

@@ -25,7 +25,7 @@ def compare(
     warm_up: int,
     threads: int,
     tell: Callable[[Row], None],
-) -> dict[str, list[float]]:
+) -> None:
     """Measure all contenders of a method, those of one precision in turns.
 
     Args:
@@ -39,13 +39,9 @@ def compare(
         threads: of each contender.
         tell: is given every row as soon as there is one.
 
-    Returns:
-        Operations a second of matrix products before each round, by precision.
-
     Raises:
         UserError: this program fails where the others' losses are compared with its own.
     """
-    speeds: dict[str, list[float]] = {}
     available = {program: python for program, python in pythons.items() if python is not None}
     rounds = {"warm_up": warm_up, "rounds": len(work.tokens), "threads": threads}
     absent = _absent(method, only, pythons, tell)
@@ -55,16 +51,15 @@ def compare(
         if not chosen:
             break
         if reference is None and EXACT_OURS not in ((other.program, other.precision) for other in chosen):
-            (exact,), _ = take_turns([Contender(OURS, "packed", method, EXACT)], available, workload, **rounds)
+            (exact,) = take_turns([Contender(OURS, "packed", method, EXACT)], available, workload, **rounds)
             reference = _losses(exact)
-        results, speeds[precision] = take_turns(chosen, available, workload, **rounds)
+        results = take_turns(chosen, available, workload, **rounds)
         ours = next((result for result in results if result.contender.program == OURS), None)
         if reference is None:
             assert ours is not None
             reference = _losses(ours)
         for result in results:
-            tell(make_row(result, ours, work, speeds[precision], reference))
-    return speeds
+            tell(make_row(result, ours, work, reference))
 
 
 def _losses(exact: Measured) -> list[float]:

@@ -37,7 +37,8 @@ class Row:
         tokens: a second, no padding counted.
         supervised: of them.
         gflops: useful ones, a second.
-        gemm_share: of the matrix products' speed in the same round, 0 to 1.
+        gemm_gflops: a second, of matrix products before its steps.
+        gemm_share: of their speed, 0 to 1.
         peak_mib: memory in use at most.
         slower: its seconds by those of this program's first setting in the same round.
         memory: its peak by that of this program's first setting.
@@ -52,6 +53,7 @@ class Row:
     tokens: float | None = None
     supervised: float | None = None
     gflops: float | None = None
+    gemm_gflops: float | None = None
     gemm_share: float | None = None
     peak_mib: float | None = None
     slower: float | None = None
@@ -63,16 +65,13 @@ class Row:
         return self.seconds is not None and not self.note
 
 
-def make_row(
-    measured: Measured, ours: Measured | None, work: Work, gemm: Sequence[float], reference: list[float]
-) -> Row:
+def make_row(measured: Measured, ours: Measured | None, work: Work, reference: list[float]) -> Row:
     """The figures of a contender.
 
     Args:
         measured: its steps.
         ours: those that it is compared with.
         work: of the measured steps.
-        gemm: operations a second before each of them.
         reference: this program's losses in float32, of every step.
     """
     contender = measured.contender
@@ -88,7 +87,8 @@ def make_row(
         tokens=_rate(work.tokens, measured.seconds),
         supervised=_rate(work.supervised, measured.seconds),
         gflops=statistics.median(per_second) / 1e9,
-        gemm_share=statistics.median(_over(per_second, gemm)),
+        gemm_gflops=statistics.median(measured.gemm) / 1e9,
+        gemm_share=statistics.median(_over(per_second, measured.gemm)),
         peak_mib=measured.peak / MIB,
         slower=statistics.median(_over(measured.seconds, ours.seconds)) if ours and compared else None,
         memory=measured.peak / ours.peak if ours and compared else None,
@@ -105,7 +105,7 @@ def _rate(counts: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 COLUMNS = (
-    "contender | method | precision | s a step | tokens/s | supervised/s | GFLOP/s | of GEMM | peak MiB "
+    "contender | method | precision | s a step | tokens/s | supervised/s | GFLOP/s | GEMM | share of it | peak MiB "
     "| time / ours | memory / ours | loss off"
 )
 
@@ -118,12 +118,13 @@ def line(row: Row) -> str:
     """A row of the table."""
     begin = f"| {row.name} | {row.method} | {row.precision} |"
     if row.seconds is None:
-        return f"{begin} {row.note} |{' |' * 8}"
+        return f"{begin} {row.note} |{' |' * 9}"
     figures = [
         f"{row.seconds:.2f}",
         f"{row.tokens:,.0f}",
         f"{row.supervised:,.0f}",
         f"{row.gflops:,.0f}",
+        f"{row.gemm_gflops:,.0f}",
         f"{row.gemm_share:.0%}",
         f"{row.peak_mib:,.0f}",
         _times(row.slower),

@@ -27,6 +27,7 @@ class Measured:
     Attributes:
         contender: whose they are.
         seconds: of each measured step.
+        gemm: operations a second of matrix products before each of them.
         losses: of every step.
         peak: bytes of memory in use at most.
         failed: its last words, if it ended before its time.
@@ -34,6 +35,7 @@ class Measured:
 
     contender: Contender
     seconds: list[float] = field(default_factory=list)
+    gemm: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     peak: int = 0
     failed: str | None = None
@@ -121,7 +123,7 @@ def take_turns(
     warm_up: int,
     rounds: int,
     threads: int,
-) -> tuple[list[Measured], list[float]]:
+) -> list[Measured]:
     """Let contenders take steps in turns, all of one precision.
 
     Args:
@@ -133,13 +135,13 @@ def take_turns(
         threads: of each.
 
     Returns:
-        What each contender's steps were, and operations a second of matrix products before every measured round.
+        What each contender's steps were.
     """
     precision = contenders[0].precision
     dtype = "float32" if precision == "32-true" else "bfloat16"
     logs = Path(workload.directory) / "logs"
     logs.mkdir(exist_ok=True)
-    results, speeds = [Measured(contender) for contender in contenders], []
+    results = [Measured(contender) for contender in contenders]
     with ExitStack() as stack:
         gemm_words = ["-m", "benchmarks.throughput.gemm", workload.device, dtype]
         gemm = stack.enter_context(Paused(sys.executable, gemm_words, threads, logs / "gemm.log"))
@@ -158,15 +160,15 @@ def take_turns(
         for result, process in zip(results, processes, strict=True):
             _tell(result, process.wait)
         for number in range(warm_up + rounds):
-            if number >= warm_up:
-                speeds.append(gemm.step()["speed"])
             for result, process in zip(results, processes, strict=True):
-                told = _tell(result, process.step)
-                if told is not None:
+                speed = gemm.step()["speed"]
+                if (told := _tell(result, process.step)) is not None:
                     result.losses.append(told["loss"])
                     result.peak = told["peak"]
-                    result.seconds += [told["seconds"]] if number >= warm_up else []
-    return results, speeds
+                    if number >= warm_up:
+                        result.seconds.append(told["seconds"])
+                        result.gemm.append(speed)
+    return results
 
 
 def _tell(result: Measured, wait: Any) -> dict[str, Any] | None:
