@@ -59,7 +59,7 @@ def measured(name: str, seconds: list[float], losses: list[float], gemm: list[fl
     return Measured(Contender(program, setting, "full", "32-true"), seconds, gemm, losses, peak)
 
 
-WORK = Work(tokens=[100, 200, 100], supervised=[50, 50, 50], flops=[1e9, 2e9, 1e9])
+WORK = Work(tokens=[100, 200, 100], supervised=[50, 50, 50], flops=[10**9, 2 * 10**9, 10**9])
 
 
 def test_figures_are_medians_of_rounds() -> None:

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.throughput.ours import fit_options
 from benchmarks.throughput.table import Work
-from benchmarks.throughput.useful import step_flops
 from benchmarks.throughput.workload import Workload
 from mft_lightning.commands.planned import PlannedRun
 from mft_lightning.errors import UserError
+from mft_lightning.model.flops import UsefulFlops
 from mft_lightning.model.lora import LORA_TARGETS
 from mft_lightning.model.source import load_config
 
@@ -79,8 +79,11 @@ def _make_base(workload: Workload, model: Path) -> None:
     get_peft_model(base, adapters).save_pretrained(workload.adapter)
 
 
-def _flops(workload: Workload, method: str, lengths: list[list[int]], supervised: list[int]) -> list[float]:
+def _flops(workload: Workload, method: str, lengths: list[list[int]], supervised: list[int]) -> list[int]:
     """Useful operations of each step; the base's bits make no difference."""
     run = PlannedRun(fit_options(workload, "packed", "full" if method == "full" else "lora", "32-true"))
-    model = run.network().causal_lm
-    return [step_flops(model, step, count) for step, count in zip(lengths, supervised, strict=True)]
+    useful = UsefulFlops.of(run.network().causal_lm)
+    return [
+        useful.of_step(sum(step), count, sum(length**2 for length in step))
+        for step, count in zip(lengths, supervised, strict=True)
+    ]

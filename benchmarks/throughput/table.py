@@ -21,7 +21,7 @@ class Work:
 
     tokens: list[int]
     supervised: list[int]
-    flops: list[float]
+    flops: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
