@@ -44,7 +44,7 @@ class Gated:
     gate: Gate
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        loss = super().training_step(*args, **kwargs)
         self.gate.add(loss)
         return loss
 

@@ -110,14 +110,14 @@ def batches(workload: Workload, conversations: list[dict[str, list[int]]], fabri
         | {"token_counts": {"raw": 0, "raw_plus_prompt_template": len(conversation["input_ids"])}}
         for conversation in conversations
     ]
-    loader: Any = DataLoader(samples, batch_size=workload.rows, collate_fn=get_sft_collate_fn())  # type: ignore
+    loader: Any = DataLoader(samples, batch_size=workload.rows, collate_fn=get_sft_collate_fn())
     return fabric.setup_dataloaders(loader)
 
 
 def main(directory: str, setting: str, method: str, precision: str) -> None:
     workload = Workload.read(directory)
     gate = Gate(workload.device)
-    fabric = L.Fabric(accelerator=workload.device, devices=1, precision=precision, loggers=LossLogger(gate))  # type: ignore
+    fabric = L.Fabric(accelerator=workload.device, devices=1, precision=precision, loggers=LossLogger(gate))
     made = make_model(workload, method, fabric)
     trained = [parameter for parameter in made.parameters() if parameter.requires_grad]
     adam = torch.optim.AdamW(trained, **workload.adam, fused=True)

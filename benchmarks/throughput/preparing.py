@@ -50,8 +50,8 @@ def prepare(workload: Workload, model: Path, methods: list[str], warm_up: int) -
     conversations: list[dict[str, list[int]]] = []
     for step in range(workload.steps):
         for index in plan.global_batch(0, step):
-            ids, supervised = table.row(int(index))
-            labels = [int(token) if counts else IGNORED for token, counts in zip(ids, supervised, strict=True)]
+            ids, supervision = table.row(int(index))
+            labels = [int(token) if counts else IGNORED for token, counts in zip(ids, supervision, strict=True)]
             conversations.append({"input_ids": ids.tolist(), "labels": [IGNORED, *labels[1:]]})
     (Path(workload.directory) / "conversations.json").write_text(json.dumps(conversations))
     measured = workload.steps_of(conversations)[warm_up:-1]
