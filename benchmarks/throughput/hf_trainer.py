@@ -73,7 +73,7 @@ def read_model(workload: Workload, method: str, precision: str) -> Any:
         return model
     from peft import PeftModel
 
-    # peft would hold the adapter of a bfloat16 base in float32, which takes longer
+    # else peft would hold the adapter of a bfloat16 base in float32
     return PeftModel.from_pretrained(model, workload.adapter, is_trainable=True, autocast_adapter_dtype=False)
 
 
