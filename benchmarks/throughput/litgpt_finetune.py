@@ -5,7 +5,8 @@ python -m benchmarks.throughput.litgpt_finetune DIRECTORY SETTING METHOD PRECISI
 Its model attends causally to the whole row and takes no positions or mask in training, so rows cannot be packed without
 mixing conversations: they are padded. Its loops do not clip gradients, so the optimizer does before it steps. It has
 an adapter for each of queries, keys and values, where the others have one for all three, so adapters cannot start from
-the same weights; before they have learned anything they change nothing.
+the same weights; before they have learned anything they change nothing. The loss of several micro-batches is the mean
+of their means.
 """
 
 from __future__ import annotations
