@@ -31,7 +31,7 @@ def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def blocked(queries: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     blocked_attention.QUERIES = queries
-    return blocked_attention.blocked_causal_attention(query, key, value, query.shape[-1] ** -0.5)
+    return blocked_attention.blocked_causal_attention(query, key, value, query.shape[1:2], query.shape[-1] ** -0.5)
 
 
 def gradients(way: Way, inputs: list[Tensor], towards: Tensor) -> tuple[list[Tensor], float, float]:

@@ -52,16 +52,19 @@ def sdpa_by_conversation(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    slices = zip(*(states.split(conversation_lengths, dim=2) for states in (query, key, value)), strict=True)
     if suits_blocks(query, dropout):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attended = [blocked_causal_attention(q[0], k[0], v[0], scale)[None] for q, k, v in slices]
+        attended = blocked_causal_attention(query[0], key[0], value[0], conversation_lengths, scale)[None]
     else:
-        attended = [
-            F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
-            for q, k, v in slices
-        ]
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+        slices = zip(*(states.split(conversation_lengths, dim=2) for states in (query, key, value)), strict=True)
+        attended = torch.cat(
+            [
+                F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
+                for q, k, v in slices
+            ],
+            dim=2,
+        )
+    return attended.transpose(1, 2), None
 
 
 def packed_row_arguments(model: nn.Module, lengths: tuple[int, ...], like: Tensor) -> dict[str, Any]:

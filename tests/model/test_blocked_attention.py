@@ -26,18 +26,23 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / exact.norm().clamp_min(1e-9))
 
 
+LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([QUERIES, QUERIES + 1, 2 * QUERIES + 3]))
+
+
 @given(
     rows=st.integers(1, 4),
-    length=st.one_of(st.integers(1, 40), st.sampled_from([QUERIES, QUERIES + 1, 2 * QUERIES + 3])),
+    lengths=st.lists(LENGTHS, min_size=1, max_size=3),
     seed=st.integers(0, 99),
     spread=st.sampled_from([0.1, 1.0, 3.0]),
 )
 @settings(deadline=None, max_examples=60)
-def test_it_is_torchs_attention_in_float64(rows: int, length: int, seed: int, spread: float) -> None:
-    ours = states(rows, length, seed, spread)
+def test_it_is_torchs_attention_in_float64(rows: int, lengths: list[int], seed: int, spread: float) -> None:
+    """Of each conversation by itself."""
+    ours = states(rows, sum(lengths), seed, spread)
     exact = [part.detach().double().requires_grad_() for part in ours]
-    found = blocked_causal_attention(*ours, scale=0.3)
-    expected = F.scaled_dot_product_attention(*exact, is_causal=True, scale=0.3)
+    found = blocked_causal_attention(*ours, lengths, scale=0.3)
+    alone = zip(*(part.split(lengths, dim=1) for part in exact), strict=True)
+    expected = torch.cat([F.scaled_dot_product_attention(*one, is_causal=True, scale=0.3) for one in alone], dim=1)
     assert found.dtype == torch.bfloat16
     assert error(found, expected) < 2e-2
     towards = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -48,13 +53,14 @@ def test_it_is_torchs_attention_in_float64(rows: int, length: int, seed: int, sp
 
 
 def test_no_token_sees_a_later_one() -> None:
-    query, key, value = (part.detach() for part in states(2, 2 * QUERIES + 10))
-    before = blocked_causal_attention(query, key, value, 0.25)
+    length = 2 * QUERIES + 10
+    query, key, value = (part.detach() for part in states(2, length))
+    before = blocked_causal_attention(query, key, value, [length], 0.25)
     for place in (QUERIES - 1, QUERIES, QUERIES + 1, 2 * QUERIES):
         changed = [part.clone() for part in (key, value)]
         for part in changed:
             part[:, place] = 9.0
-        after = blocked_causal_attention(query, *changed, 0.25)
+        after = blocked_causal_attention(query, *changed, [length], 0.25)
         assert torch.equal(after[:, :place], before[:, :place])
         assert not torch.equal(after[:, place:], before[:, place:])
 
@@ -62,7 +68,7 @@ def test_no_token_sees_a_later_one() -> None:
 def test_no_square_of_the_length_stands_in_memory() -> None:
     length = 4 * QUERIES
     with Largest() as largest:
-        blocked_causal_attention(*states(1, length), 0.25).sum().backward()
+        blocked_causal_attention(*states(1, length), [length], 0.25).sum().backward()
     assert largest.elements == length * QUERIES
 
 
