@@ -25,9 +25,7 @@ def suits_blocks(query: Tensor, dropout: float) -> bool:
     return not dropout and query.device.type == "cpu" and product_dtype(query) == torch.bfloat16
 
 
-def blocked_causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float
-) -> Tensor:
+def blocked_causal_attention(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
     """Attention in which each token sees itself and those before it in its conversation.
 
     Args:

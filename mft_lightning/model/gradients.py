@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 BLOCK = 1024  # elements whose squares are added up in float32
+CAST = 256  # blocks that a CPU casts to it at a time, which stay in its cache
 
 
 @contextmanager
@@ -117,6 +118,8 @@ def _squares(gradient: Tensor) -> Tensor:
     flat = gradient.detach().flatten()
     even = len(flat) // BLOCK * BLOCK
     kind = torch.promote_types(flat.dtype, torch.float32)
-    blocks = torch.linalg.vector_norm(flat[:even].view(-1, BLOCK), dim=1, dtype=kind)
+    blocks = flat[:even].view(-1, BLOCK)
+    together = CAST if flat.device.type == "cpu" and flat.dtype != kind else max(1, len(blocks))
+    norms = [torch.linalg.vector_norm(some, dim=1, dtype=kind) for some in blocks.split(together)]
     rest = torch.linalg.vector_norm(flat[even:], dtype=kind)  # as a block: what overflows there does so here
-    return blocks.double().square().sum() + rest.double().square()
+    return torch.cat(norms).double().square().sum() + rest.double().square()

@@ -23,6 +23,8 @@ from mft_lightning.model.vocabulary_parallel import LogitSums, VocabularyPart, i
 # bytes of float32 logits that are worked on at a time (benchmarks/head_loss.py)
 CACHED = 2**20  # by each core of a CPU
 PIECE = 64 * 2**20  # by another device, not yet run on a GPU
+# a CPU's products of half-precision matrices take up to 1.4 times as long with other numbers of rows
+ROWS_TOGETHER = 64
 # the largest factor in float16: far above its smallest number, 6e-8, and a chunk's sum far below its largest, 65504
 HALF_LARGEST = 1 / 16
 
@@ -106,18 +108,24 @@ class _LinearHeadLoss(torch.autograd.Function):
             factors = factors / ctx.unit
         nll = torch.empty(len(targets), dtype=reduced, device=hidden.device)
         value, correct = torch.empty_like(nll), torch.empty_like(targets)
+        rows, even = _even_chunks(len(targets), rows, ROWS_TOGETHER if kind == "cpu" and dtype.itemsize == 2 else 1)
         piece = rows if vocabulary.group is not None else min(rows, cached_rows(kind, vocabulary.count))
         with torch.autocast(kind, enabled=False):
             matrix = weight.to(dtype)
             for start in range(0, len(targets), rows):
                 inputs = hidden[start : start + rows].to(dtype)
+                count = len(inputs)
+                inputs = F.pad(inputs, (0, 0, 0, -count % even))
                 logits = F.linear(inputs, matrix, None if bias is None else bias.to(dtype))
-                for at in range(0, len(inputs), piece):
-                    part = slice(start + at, start + min(at + piece, rows))
+                logits[count:] = 0  # which adds nothing to a gradient
+                at = start
+                for some in logits[:count].split(piece):
+                    part = slice(at, at + len(some))
                     nll[part], value[part], correct[part] = _turn_into_gradient(
-                        logits[at : at + piece], targets[part, None], factors[part, None], objective, vocabulary
+                        some, targets[part, None], factors[part, None], objective, vocabulary
                     )
-                made.add(start, logits, inputs, matrix)
+                    at = part.stop
+                made.add(slice(start, at), logits, inputs, matrix)
                 del logits  # before the next chunk has its own
             if made.of_hidden is not None:
                 vocabulary.sum(made.of_hidden)
@@ -198,15 +206,15 @@ class _Gradients:
         self._wanted = (of_weight, of_bias)
         self._sums: list[Tensor | None] = [None, None]
 
-    def add(self, start: int, of_logits: Tensor, inputs: Tensor, matrix: Tensor) -> None:
-        """Take the chunk that begins at token ``start``; of several, sums are kept in at least float32."""
+    def add(self, part: slice, of_logits: Tensor, inputs: Tensor, matrix: Tensor) -> None:
+        """Take a chunk of tokens, and rows of zeros after it; of several, sums are kept in at least float32."""
         if self.of_hidden is not None:
-            self.of_hidden[start : start + len(inputs)] = of_logits @ matrix
+            self.of_hidden[part] = (of_logits @ matrix)[: part.stop - part.start]
         of_weight, of_bias = self._sums
         reduced = _reduced_in(of_logits.dtype)
         if self._wanted[1]:
-            part = of_logits.sum(0, dtype=reduced)
-            self._sums[1] = part if of_bias is None else of_bias.add_(part)
+            summed = of_logits.sum(0, dtype=reduced)
+            self._sums[1] = summed if of_bias is None else of_bias.add_(summed)
         if not self._wanted[0]:
             return
         if of_weight is None:
@@ -223,6 +231,21 @@ class _Gradients:
             of_none = torch.zeros_like(of) if wanted and of is not None and total is None else None
             found.append(of_none if total is None or of is None else total.to(of.dtype))
         return found
+
+
+def _even_chunks(tokens: int, rows: int, together: int) -> tuple[int, int]:
+    """Rows of chunks that are about equal, and what to fill each up to a multiple of.
+
+    Args:
+        tokens: of all chunks.
+        rows: of a chunk, at most.
+        together: rows that matrix products are fastest with a multiple of.
+    """
+    together = min(together, rows)
+    most = rows // together * together
+    chunks = max(1, -(-tokens // most))
+    each = max(1, -(-tokens // chunks))
+    return min(most, each + -each % together), together
 
 
 def cached_rows(device: str, width: int) -> int:
