@@ -25,6 +25,7 @@ CACHED = 2**20  # by each core of a CPU
 PIECE = 64 * 2**20  # by another device, not yet run on a GPU
 # a CPU's products of half-precision matrices take up to 1.4 times as long with other numbers of rows
 ROWS_TOGETHER = 64
+ROWS_ADDED = 4096  # of a weight's gradient
 # the largest factor in float16: far above its smallest number, 6e-8, and a chunk's sum far below its largest, 65504
 HALF_LARGEST = 1 / 16
 
@@ -126,7 +127,7 @@ class _LinearHeadLoss(torch.autograd.Function):
                     )
                     at = part.stop
                 made.add(slice(start, at), logits, inputs, matrix)
-                del logits  # before the next chunk has its own
+                del some, logits  # before the next chunk has its own
             if made.of_hidden is not None:
                 vocabulary.sum(made.of_hidden)
         ctx.made = made.finished(weight, bias)
@@ -222,7 +223,7 @@ class _Gradients:
         elif of_weight.dtype == of_logits.dtype == reduced:
             of_weight.addmm_(of_logits.T, inputs)
         else:
-            self._sums[0] = of_weight.to(reduced).add_(of_logits.T @ inputs)
+            self._sums[0] = _added(of_weight.to(reduced), of_logits.T @ inputs)
 
     def finished(self, weight: Tensor, bias: Tensor | None) -> list[Tensor | None]:
         """All three, in the types of what they are gradients of."""
@@ -231,6 +232,13 @@ class _Gradients:
             of_none = torch.zeros_like(of) if wanted and of is not None and total is None else None
             found.append(of_none if total is None or of is None else total.to(of.dtype))
         return found
+
+
+def _added(total: Tensor, part: Tensor) -> Tensor:
+    """A sum with a part of another type added in place, some rows at a time, as a CPU casts what it adds as a whole."""
+    for some, more in zip(total.split(ROWS_ADDED), part.split(ROWS_ADDED), strict=True):
+        some.add_(more)
+    return total
 
 
 def _even_chunks(tokens: int, rows: int, together: int) -> tuple[int, int]:

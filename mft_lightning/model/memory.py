@@ -305,8 +305,8 @@ class _Step:
         made = 0  # of the head's gradient
         if self.head_trained_numel and rows == setup.tokens:
             made = matrix * (computed + (self.used if computed != self.used else 0))
-        elif self.head_trained_numel:  # the sum, and a product, which a CPU casts before it adds it
-            made = matrix * (reduced + half + (reduced if half and setup.device == "cpu" else 0))
+        elif self.head_trained_numel:  # the sum, and a product of another type before it is added
+            made = matrix * (reduced + half)
         return inputs_and_gradients + cast + chunk + made
 
 
