@@ -103,9 +103,12 @@ class StepLogging(L.Callback):
         if not (step == 1 or step % self.every == 0 or result.skipped or is_run_end(trainer)):
             return
         metrics = {k: v for k, v in self._metrics(trainer, module, result).items() if math.isfinite(v)}
-        module.log_dict(metrics, logger=False)  # for callbacks; the loggers get the step the axis is defined by
-        if "train/loss" in metrics:
-            module.log("loss", metrics["train/loss"], prog_bar=True, logger=False)
+        # For callbacks; loggers get the step the axis is defined by. On the host, because Lightning reads what a bar
+        # shows at the end of every step (``on_batch_end`` of its logger connector), and would wait for a GPU each time.
+        told = {name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()}
+        module.log_dict(told, logger=False)
+        if "train/loss" in told:
+            module.log("loss", told["train/loss"], prog_bar=True, logger=False)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
 
