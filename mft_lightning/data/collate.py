@@ -8,7 +8,7 @@ https://github.com/huggingface/transformers/blob/main/src/transformers/masking_u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -21,20 +21,32 @@ from mft_lightning.data.token_table import TokenTable
 
 @dataclass
 class Movable:
-    """Dataclasses of tensors that Lightning moves to the device by their ``to``.
+    """Dataclasses of tensors that Lightning moves to the device by their ``to``, and a DataLoader pins.
 
     Not frozen, because Lightning's half-precision plugin sets the fields of a copy.
     """
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        moved: dict[str, Any] = {}
+    def to(self, device: torch.device | str) -> Self:
+        """On a device; from pinned memory a GPU fetches them while the host goes on.
+
+        Lightning says ``non_blocking`` of bare tensors only (``move_data_to_device`` in
+        https://github.com/Lightning-AI/pytorch-lightning/blob/master/src/lightning/fabric/utilities/apply_func.py).
+        """
+        return self._each(lambda one: one.to(device, non_blocking=torch.device(device).type == "cuda"))
+
+    def pin_memory(self) -> Self:
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, made: Callable[[Tensor], Tensor]) -> Self:
+        """With every tensor as ``made`` gives it, those in lists of others of this kind too."""
+        found: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                moved[field.name] = value.to(device, non_blocking=non_blocking)
+                found[field.name] = made(value)
             elif isinstance(value, list):
-                moved[field.name] = [item.to(device, non_blocking=non_blocking) for item in value]
-        return replace(self, **moved)
+                found[field.name] = [item._each(made) for item in value]
+        return replace(self, **found)
 
 
 @dataclass

@@ -307,7 +307,7 @@ class MFTDataModule(L.LightningDataModule):
             rank=rank,
             world=world,
         )
-        return TrainLoader(steps, self._workers())
+        return TrainLoader(steps, self._workers(), pinned=self._feeds_gpu())
 
     def val_dataloader(self) -> DataLoader[MicroBatch]:
         return self._evaluation_loader("valid")
@@ -343,7 +343,7 @@ class MFTDataModule(L.LightningDataModule):
 
     def _evaluation_loader(self, split: str) -> DataLoader[MicroBatch]:
         steps = self.evaluation_steps(split, self.evaluated(split))
-        return DataLoader(steps, batch_size=None, **loader_options(self._workers()))
+        return DataLoader(steps, batch_size=None, **loader_options(self._workers(), pinned=self._feeds_gpu()))
 
     def _workers(self) -> int:
         """Loader processes of this rank, which leave each rank of this machine a core of its own."""
@@ -351,3 +351,6 @@ class MFTDataModule(L.LightningDataModule):
             return self.num_workers
         ranks = self.trainer.num_devices if self.trainer else 1
         return max(0, min(4, available_cores() // (2 * ranks) - 1))
+
+    def _feeds_gpu(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

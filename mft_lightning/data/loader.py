@@ -69,9 +69,10 @@ class TrainLoader(DataLoader[StepBatch]):
     Args:
         steps: the plan's steps.
         num_workers: loader processes.
+        pinned: whether batches are put where a GPU can fetch them.
     """
 
-    def __init__(self, steps: TrainSteps, num_workers: int) -> None:
+    def __init__(self, steps: TrainSteps, num_workers: int, *, pinned: bool = False) -> None:
         self.plan = steps.plan
         self.cursor = Cursor(self.plan.steps_per_epoch)
         super().__init__(
@@ -79,7 +80,7 @@ class TrainLoader(DataLoader[StepBatch]):
             sampler=self.cursor,
             batch_size=None,
             generator=torch.Generator().manual_seed(0),  # else every `iter` draws from the global RNG
-            **loader_options(num_workers),
+            **loader_options(num_workers, pinned=pinned),
         )
 
     def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]  # DataLoader names its private iterator

@@ -27,15 +27,15 @@ def serve_parent(*left: signal.Signals) -> None:
     threading.Thread(target=_end_with_parent, daemon=True, name="end with the parent").start()
 
 
-def loader_options(workers: int) -> dict[str, Any]:
-    """How a DataLoader starts its processes.
+def loader_options(workers: int, *, pinned: bool = False) -> dict[str, Any]:
+    """How a DataLoader starts its processes, and whether a thread of it puts batches where a GPU can fetch them.
 
     The process of a rank has threads that talk to other ranks. A fork of it can find a lock taken for ever by one of
     them, Python's own of thread states for one, so that workers are forked from a server without threads instead
     (https://docs.pytorch.org/docs/stable/generated/torch.nn.parallel.DistributedDataParallel.html, its warning).
     """
     if not workers:
-        return {"num_workers": 0}
+        return {"num_workers": 0, "pin_memory": pinned}
     atexit.unregister(_end_workers)
     atexit.register(_end_workers)
     context = None
@@ -43,7 +43,12 @@ def loader_options(workers: int) -> dict[str, Any]:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOADED])
         _start_fork_server()
-    return {"num_workers": workers, "worker_init_fn": _start_worker, "multiprocessing_context": context}
+    return {
+        "num_workers": workers,
+        "pin_memory": pinned,
+        "worker_init_fn": _start_worker,
+        "multiprocessing_context": context,
+    }
 
 
 def _start_fork_server() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from mft_lightning.data.batch_sizes import BatchSizes
 from mft_lightning.data.chat_encoder import Encoded
@@ -148,6 +149,26 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
     assert moved.task_conversations.device.type == moved.task_supervised.device.type == "meta"
     assert {tensor.device.type for micro in moved.micros for tensor in tensors(micro).values()} == {"meta"}
     assert moved.tokens == step.tokens and step.micros[0].input_ids.device.type == "cpu"
+
+
+def test_a_gpu_fetches_batches_from_pinned_memory_while_the_host_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        asked.append(("pinned",))
+        return tensor
+
+    def sent(tensor: torch.Tensor, device: str, *, non_blocking: bool) -> torch.Tensor:
+        asked.append((device, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(torch.Tensor, "to", sent)
+    table = some_table()
+    step = collate_step(table, np.arange(5), [np.arange(3), np.arange(3, 5)], tasks=TASKS, packed=True, pad_id=PAD)
+    pin_memory(step).to("cuda").to("cpu")  # the first as a DataLoader does it
+    count = 2 + 2 * len(tensors(step.micros[0]))
+    assert asked == [("pinned",)] * count + [("cuda", True)] * count + [("cpu", False)] * count
 
 
 # --- steps

@@ -1,9 +1,11 @@
 """Which conversations are trained on and evaluated, and what is advised where there are none."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock, patch
 
 import pytest
+import torch
 
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
@@ -156,3 +158,12 @@ def test_a_validation_file_that_is_trained_on_by_a_link_is_refused(
     validated.symlink_to(trained)
     with pytest.raises(UserError, match=r"is the same file as .*, by a link"):
         made.setup()
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
+def test_batches_for_a_gpu_are_pinned(module: Callable[..., MFTDataModule], device: str, pinned: bool) -> None:
+    made = module(["one"], num_workers=0)
+    made.setup()
+    made.trainer = cast(Any, Mock(num_devices=1, strategy=Mock(root_device=torch.device(device))))
+    with patch("mft_lightning.data.datamodule.data_parallel_place", return_value=(0, 1)):
+        assert {loader.pin_memory for loader in (made.train_dataloader(), made.val_dataloader())} == {pinned}

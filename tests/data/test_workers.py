@@ -41,7 +41,7 @@ def test_alone_they_are_forked_and_ignore_what_ends_a_run() -> None:
 
 
 def test_without_workers_there_is_no_process() -> None:
-    assert loader_options(0) == {"num_workers": 0}
+    assert loader_options(0) == {"num_workers": 0, "pin_memory": False}
 
 
 def test_of_a_rank_they_are_forked_from_a_server_that_signals_leave_alone() -> None:
