@@ -6,6 +6,7 @@ row. Here each conversation is a causal attention of its own over its slice of t
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -71,11 +72,20 @@ def packed_row_arguments(model: nn.Module, lengths: tuple[int, ...], like: Tenso
     """What to add to the backbone's keywords for a packed row; nothing where transformers makes the mask itself.
 
     A mask of four dimensions is taken as made by the caller (``_preprocess_mask_arguments`` in transformers'
-    masking_utils), so that no row-squared mask is built; its values are not read.
+    masking_utils), so that no row-squared mask is built; its values are not read. Flash attention is told where
+    conversations end, which transformers would otherwise ask the device for in every layer (``_is_packed_sequence`` in
+    its modeling_flash_attention_utils).
     """
-    if not lengths or model.config._attn_implementation != SDPA_BY_CONVERSATION:  # type: ignore[union-attr]
+    implementation = model.config._attn_implementation  # type: ignore[union-attr]
+    if not lengths:
         return {}
-    return {"attention_mask": like.new_zeros(1, 1, 1, 1), "conversation_lengths": lengths}
+    if implementation == SDPA_BY_CONVERSATION:
+        return {"attention_mask": like.new_zeros(1, 1, 1, 1), "conversation_lengths": lengths}
+    if implementation == "flash_attention_2":
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(like.device, non_blocking=True)
+        longest = max(lengths)
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+    return {}
 
 
 AttentionInterface.register(SDPA_BY_CONVERSATION, sdpa_by_conversation)
