@@ -8,8 +8,8 @@ torch's profiler. Nothing is computed otherwise than in any run: modules' names 
 hooks, except for the head, whose loss is a function; what an operation does on the way back is known by autograd's
 number of it. A region's time is what passes in it and in no region inside, Python between operations included. A step
 begins where Lightning asks for a batch and ends where it asks for the next. Least time: the larger of matrix products
-at the speed of square ones and of bytes at the speed of a large copy (``benchmarks/roofline.py``), both measured before
-and after training; GFLOP and MB are those of a step. On CUDA (not yet run on a GPU) a part's time is that of its
+at the speed of square ones and of bytes at the speed of a large copy (``benchmarks/roofline.py``), the best of those
+measured between the steps; GFLOP and MB are of a step. On CUDA (not yet run on a GPU) a part's time is that of its
 kernels, and what is not accounted for is when the device waits.
 """
 
@@ -20,8 +20,10 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -52,27 +54,33 @@ class Budget(L.Callback):
     def __init__(self, operators: int = 0) -> None:
         self.operators = operators
         self.batches: list[StepBatch] = []
+        self.speeds: list[tuple[float, float]] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.cuda = trainer.strategy.root_device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]
-        self.regions = Regions(activities, torch.cuda.synchronize if self.cuda else lambda: None)
+        settle = torch.cuda.synchronize if self.cuda else lambda: None
+        self.regions = Regions(activities, settle, lambda: self.speeds.append(self._speeds(pl_module)))
         trainer.profiler = self.regions
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.speeds = [self._speeds(pl_module)]
         lm = cast(Any, pl_module).network.causal_lm
         name_parts(lm.base_model)
-        implementation = lm.config._attn_implementation
-        ALL_ATTENTION_FUNCTIONS.register(implementation, labelled(ATTENTION, ALL_ATTENTION_FUNCTIONS[implementation]))
-        supervised_loss.head_loss = labelled(HEAD, supervised_loss.head_loss)
+        name = lm.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS[name]
+        self.in_place = ExitStack()  # until the run ends
+        self.in_place.callback(ALL_ATTENTION_FUNCTIONS.register, name, attention)
+        ALL_ATTENTION_FUNCTIONS.register(name, labelled(ATTENTION, attention))
+        loss = labelled(HEAD, supervised_loss.head_loss)
+        self.in_place.enter_context(patch.object(supervised_loss, "head_loss", loss))
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: StepBatch, batch_idx: int) -> None:
         self.batches.append(batch)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.in_place.close()
         module = cast(MFTModule, pl_module)
-        gemm, copy = map(max, zip(*[*self.speeds, self._speeds(module)], strict=True))
+        gemm, copy = map(max, zip(*self.speeds, strict=True))
         clipped = bool(trainer.gradient_clip_val)
         steps, count = self.regions.profiled, len(self.regions.profiled)
         works = roofline.total(roofline.work_of_step(module, self.batches[step], clipped=clipped) for step in steps)
@@ -105,7 +113,7 @@ class Budget(L.Callback):
             print(f"{1e3 * taken / count:8.1f} ms  {part}, {way}: {name}")
 
     def _speeds(self, module: Any) -> tuple[float, float]:
-        return gemm_speed(module.device, module.product_dtype, 0.2), roofline.copy_speed(module.device)
+        return gemm_speed(module.device, module.product_dtype), roofline.copy_speed(module.device)
 
     def _per_token(self, seconds: dict[int, float]) -> float:
         return statistics.median(taken / self.batches[step].tokens for step, taken in seconds.items())
@@ -117,7 +125,7 @@ def roofline_cells(work: roofline.Work, seconds: float, gemm: float, copy: float
     return [*found, f"{seconds / least:.1f}"]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory of a GPT-NeoX's config.json and tokenizer")
     parser.add_argument("--data", nargs="+", required=True, help="task directories")
@@ -128,7 +136,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--operators", type=int, default=0, help="that take most, to list besides")
     parser.add_argument("more", nargs="*", help="options of fit, after --")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     callback = f'[{{"class_path": "benchmarks.step_budget.Budget", "init_args": {{"operators": {options.operators}}}}}]'
     given: dict[str, Any] = {"data.data_paths": f"[{','.join(options.data)}]", "data.data_split": "100,0,0"}

@@ -37,16 +37,23 @@ WARM_UP = 3  # steps, the first of which is not timed
 class Regions(Profiler):
     """Lightning's actions as regions of torch's profiler, in every second step.
 
+    Args:
+        activities: to profile.
+        settle: waits for the device.
+        between: is called between two steps.
+
     Attributes:
         plain: seconds of the steps that were not profiled, by their numbers from 0.
         profiled: of the others, and their events.
     """
 
-    def __init__(self, activities: list[ProfilerActivity], after: Callable[[], None]) -> None:
+    def __init__(
+        self, activities: list[ProfilerActivity], settle: Callable[[], None], between: Callable[[], None]
+    ) -> None:
         super().__init__()
         self.plain: dict[int, float] = {}
         self.profiled: dict[int, tuple[float, list[Any]]] = {}
-        self._activities, self._after = activities, after
+        self._activities, self._settle, self._between = activities, settle, between
         self._step, self._begun = -1, 0.0
         self._profile: profile | None = None
         self._open: dict[str, AbstractContextManager[Any]] = {}
@@ -66,7 +73,7 @@ class Regions(Profiler):
         self._open[name].__enter__()
 
     def _next_step(self) -> None:
-        self._after()
+        self._settle()
         seconds = time.perf_counter() - self._begun
         if self._profile is not None:
             self.stop(STEP)
@@ -75,6 +82,7 @@ class Regions(Profiler):
             self._profile = None
         elif self._step >= 1:
             self.plain[self._step] = seconds
+        self._between()
         self._step += 1
         profiles = self._step >= WARM_UP and (self._step - WARM_UP) % 2 == 0
         if profiles:
