@@ -305,7 +305,7 @@ class MFTModule(EvaluatedModule):
             n_supervised=micro.n_supervised,
             task_conversations=batch.task_conversations,
             task_supervised=batch.task_supervised,
-            weights=self.balancer.weights.to(self.device),
+            weights=self.balancer.weights.to(self.device, non_blocking=True),
         )
 
     def optimizer_zero_grad(self, *args: Any) -> None:
