@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mft_lightning.errors import UserError
@@ -267,6 +268,8 @@ def _timer(duration: Any) -> Timer:
 
 
 def _trainer(keys: dict[str, Any]) -> L.Trainer:
+    if keys.get("profiler") == "pytorch":  # whose own default is to see all modules called: the head's loss calls none
+        keys = {**keys, "profiler": PyTorchProfiler(record_module_names=False)}
     try:
         return L.Trainer(**keys)
     except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:

@@ -186,6 +186,14 @@ def test_a_profiler_that_was_asked_for_reports(fit_arguments: Callable[..., list
     assert "run_training_batch" in result.stdout + result.stderr and "GPU available" not in result.stderr
 
 
+def test_torchs_profiler_sees_what_is_computed_without_it(fit: Callable[..., Path], tmp_path: Path) -> None:
+    words = ("--trainer.max_steps", "6", "--evaluation.strategy", "none", "--checkpoint.checkpointing_steps", "1000")
+    run = fit(tmp_path / "run", *words, "--trainer.profiler", "pytorch")
+    (trace,) = (run / "runs").glob("*.pt.trace.json")
+    names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert "_LinearHeadLoss" in names and not any("lm_head" in str(name) for name in names)
+
+
 @pytest.mark.parametrize("config", ["full.yaml", "lora.yaml", "quickstart.yaml"])
 def test_shipped_configs_run_as_they_are(tmp_path: Path, config: str) -> None:
     words = ("--output_dir", str(tmp_path / "run"), "--trainer.max_steps", "1")
