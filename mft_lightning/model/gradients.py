@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 BLOCK = 1024  # elements whose squares are added up in float32
-CAST = 256  # blocks that a CPU casts to it at a time, which stay in its cache
+CAST = 2048  # blocks that a CPU casts to it at a time, in memory that it has already
 
 
 @contextmanager
