@@ -71,8 +71,8 @@ class Measured:
         step: seconds from the start of a step to the start of the next one, loading and logging included; the median.
         flops: useful operations of a step, as ``train/mfu`` counts them; the median.
         memory: bytes by which the resident memory rose in the steps above what it was when the first began, without
-            gradients and AdamW's moments.
-        resident: bytes when the first step began.
+            gradients and AdamW's moments, nor what is a file's.
+        resident: bytes when the first step began, likewise.
         start: seconds from the launch to the first step.
         plan: seconds in which an epoch is planned.
         validation: seconds of the validation.
@@ -103,13 +103,14 @@ class Meter(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, number: int) -> None:
         if not self.starts:
-            self.resident = resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        self.highest = resident("VmHWM")  # of the steps before, not of the validation and the save after the last
+            self.resident = resident("RssAnon")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         self.starts.append(time.time())
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *given: Any) -> None:
         self.flops.append(module.last_step.flops)
+        if trainer.global_step < trainer.max_steps:  # else a validation and a save came before
+            self.highest = max(self.highest, resident("VmHWM") - resident("RssFile"))
 
     def on_validation_start(self, trainer: L.Trainer, module: Any) -> None:
         self.validation -= time.perf_counter()
@@ -136,7 +137,7 @@ class Meter(L.Callback):
 
 
 def resident(name: str) -> int:
-    """Bytes of this process by the name that the kernel has for them."""
+    """Bytes of this process by the kernel's name for them."""
     return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0]) * 1024
 
 
