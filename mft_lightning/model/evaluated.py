@@ -9,7 +9,7 @@ import lightning as L
 from mft_lightning.data.collate import MicroBatch
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.model.generation import Answer, GenerationSettings, answer_on_ranks
-from mft_lightning.model.metrics import TaskSums
+from mft_lightning.model.metrics import TaskSums, tell_callbacks
 from mft_lightning.model.parallel import data_parallel_group
 from mft_lightning.model.supervised_loss import SupervisedLM
 
@@ -61,8 +61,8 @@ class EvaluatedModule(L.LightningModule):
         sums.process_group = data_parallel_group(self.trainer)
         values = {f"{prefix}/{name}": value for name, value in sums.compute().items()}
         sums.reset()
-        self.log_dict(values, logger=False)  # for callbacks; the loggers get the step that the axis is defined by
-        for logger in self.trainer.loggers:
+        tell_callbacks(self.trainer, values)
+        for logger in self.trainer.loggers:  # by hand, to give the step that the axis is defined by
             logger.log_metrics({name: float(value) for name, value in values.items()}, step=self.trainer.global_step)
 
     def predict_step(self, batch: int, batch_idx: int) -> list[Answer]:

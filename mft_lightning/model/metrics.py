@@ -1,10 +1,23 @@
-"""Exact per-task sums over micro-batches and ranks."""
+"""Exact per-task sums over micro-batches and ranks, and the way of metrics to callbacks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+
+def tell_callbacks(trainer: L.Trainer, metrics: Mapping[str, float | Tensor]) -> None:
+    """Put metrics where callbacks look for them, as Lightning's LearningRateMonitor does.
+
+    ``LightningModule.log`` does so too, but takes a third of a millisecond for each: it moves what it keeps of a metric
+    to the device, attribute by attribute (``_ResultCollection.log`` in Lightning 2.6). Some hundred tasks are as many
+    metrics, several times.
+    """
+    trainer.callback_metrics.update({name: torch.as_tensor(value) for name, value in metrics.items()})
 
 
 class TaskSums(Metric):

@@ -22,6 +22,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.model.base import holds
 from mft_lightning.model.export import save_base, save_causal_lm
 from mft_lightning.model.gemm_peak import gemm_speed
+from mft_lightning.model.metrics import tell_callbacks
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import summed_over_data
 from mft_lightning.model.step_result import StepResult
@@ -103,13 +104,10 @@ class StepLogging(L.Callback):
         if not (step == 1 or step % self.every == 0 or result.skipped or is_run_end(trainer)):
             return
         metrics = {k: v for k, v in self._metrics(trainer, module, result).items() if math.isfinite(v)}
-        # For callbacks; loggers get the step the axis is defined by. On the host, because Lightning reads what a bar
-        # shows at the end of every step (``on_batch_end`` of its logger connector), and would wait for a GPU each time.
-        told = {name: torch.tensor(value, dtype=torch.float32) for name, value in metrics.items()}
-        module.log_dict(told, logger=False)
-        if "train/loss" in told:
-            module.log("loss", told["train/loss"], prog_bar=True, logger=False)
-        for logger in trainer.loggers:
+        tell_callbacks(trainer, metrics)
+        if "train/loss" in metrics:  # on the host, as Lightning reads at every step's end what a bar shows
+            module.log("loss", torch.tensor(metrics["train/loss"]), prog_bar=True, logger=False)
+        for logger in trainer.loggers:  # by hand, to give the step that the axis is defined by
             logger.log_metrics(metrics, step=step)
 
     def _metrics(self, trainer: L.Trainer, module: MFTModule, result: StepResult) -> dict[str, float]:
