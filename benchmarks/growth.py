@@ -183,6 +183,8 @@ def draw(axis: Axis, x: Sequence[float], found: Sequence[Measured], file: Path) 
         panel.loglog(upper, line, "--", color="#D55E00", label=f"expected at most {expected:.2f}")
         panel.set_ylim(min(y) / 3, max(*y, *line) * 3)
         panel.set(xlabel=axis.grows, ylabel=curve.name)
+        panel.set_xticks(x, [f"{one:,}" for one in x], rotation=20)
+        panel.set_xticks([], minor=True)
         panel.legend(loc="upper left", frameon=False, fontsize="small")
     figure.savefig(file, dpi=120)
 
