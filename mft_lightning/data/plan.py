@@ -154,8 +154,10 @@ def limit_per_task(tasks: np.ndarray, limit: int | None, seed: int) -> np.ndarra
     if limit is None:
         return np.arange(len(tasks))
     order = np.random.default_rng([seed]).permutation(len(tasks))
-    kept = [order[tasks[order] == task][:limit] for task in np.unique(tasks)]
-    return np.sort(np.concatenate(kept)) if kept else order
+    order = order[np.argsort(tasks[order], kind="stable")]  # task after task
+    counts = np.bincount(tasks)
+    before = np.repeat(np.cumsum(counts) - counts, counts)  # conversations of the tasks before each one's
+    return np.sort(order[np.arange(len(order)) - before < limit])
 
 
 def _neighbours(batch: np.ndarray, lengths: np.ndarray, slots: int) -> list[np.ndarray]:
