@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import statistics
@@ -68,7 +69,8 @@ class Measured:
     """What a run took.
 
     Attributes:
-        step: seconds from the start of a step to the start of the next one, loading and logging included; the median.
+        step: seconds from the start of a step to the start of the next one, loading and logging included; the fewest, as
+            others on the machine only add to them.
         flops: useful operations of a step, as ``train/mfu`` counts them; the median.
         memory: bytes by which the resident memory rose in the steps above what it was when the first began, without
             gradients and AdamW's moments, nor what is a file's.
@@ -103,6 +105,7 @@ class Meter(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, number: int) -> None:
         if not self.starts:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed while all was set up would hide what steps take
             self.resident = resident("RssAnon")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         self.starts.append(time.time())
@@ -125,7 +128,7 @@ class Meter(L.Callback):
         planned = time.perf_counter() - start
         trained = ADAM * sum(one.numel() for one in module.parameters() if one.requires_grad)
         told = {
-            "step": statistics.median(np.diff(self.starts)[1:].tolist()),
+            "step": min(np.diff(self.starts)[1:].tolist()),
             "flops": statistics.median(self.flops[1:]),
             "memory": self.highest - self.resident - trained,
             "resident": self.resident,
