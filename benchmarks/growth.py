@@ -111,8 +111,8 @@ AXES = {
     ),
     "tasks": Axis(
         "tasks",
-        "3,000 conversations of 64 tokens, 32 a step, a tenth validated; 64 wide, 2 layers",
-        {n: replace(SMALL, tasks=n, validated=True) for n in (3, 10, 30, 100, 300)},
+        "9,000 conversations of 64 tokens, 32 a step, a tenth validated; 64 wide, 2 layers",
+        {n: replace(SMALL, tasks=n, conversations=9000, validated=True) for n in (3, 10, 30, 100, 300)},
         [step(0), memory(0), VALIDATION, START],
     ),
     "corpus": Axis(

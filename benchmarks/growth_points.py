@@ -69,8 +69,8 @@ class Measured:
     """What a run took.
 
     Attributes:
-        step: seconds from the start of a step to the start of the next one, loading and logging included; the fewest, as
-            others on the machine only add to them.
+        step: seconds from the start of a step to the start of the next one, loading and logging included; the fewest,
+            as others on the machine only add to them.
         flops: useful operations of a step, as ``train/mfu`` counts them; the median.
         memory: bytes by which the resident memory rose in the steps above what it was when the first began, without
             gradients and AdamW's moments, nor what is a file's.
