@@ -47,6 +47,7 @@ class _BlockedAttention(torch.autograd.Function):
     """See the module's docstring."""
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)  # which would make scores bfloat16
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.lengths, ctx.scale = lengths, scale

@@ -2,7 +2,9 @@
 
 Counted are products of matrices: of a linear layer 2 for each weight and token forward, 2 for the gradient of its
 input, and 2 for that of its weight where it trains; the head's for supervised tokens only, the others' for all tokens
-but padding. Attention is causal and within a conversation. What is computed for padding, what is computed twice
+but padding, although this program leaves out what it can of them: the last layer's MLP where nothing is predicted, and
+the gradient of the first layer's input where nothing below it trains, together 3% of full fine-tuning and 5% of LoRA of
+Pythia-70m. Attention is causal and within a conversation. What is computed for padding, what is computed twice
 (activation checkpointing, weights brought back from 4 bits) and everything elementwise (norms, biases, dropout, the
 loss, the optimizer) is not useful in this sense; embeddings are looked up.
 """

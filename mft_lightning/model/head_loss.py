@@ -57,10 +57,12 @@ def head_loss(
         objective: of each.
         rows: tokens whose logits stand in memory at once.
     """
-    if is_shared(head) or (torch.is_grad_enabled() and _is_plain(head)):
+    if is_shared(head) or _is_plain(head):
         linear = cast(nn.Linear, head)
         weight, bias, vocabulary = _here(linear.weight), _here(linear.bias), VocabularyPart.of(linear.weight)
-        return TokenLosses(*_LinearHeadLoss.apply(hidden, weight, bias, targets, factors, objective, rows, vocabulary))
+        learns = torch.is_grad_enabled()  # of which autograd's context knows nothing
+        given = (targets, factors, objective, rows, vocabulary, learns)
+        return TokenLosses(*_LinearHeadLoss.apply(hidden, weight, bias, *given))
     parts = []
     for start in range(0, len(targets), rows):
         part = slice(start, start + rows)
@@ -97,10 +99,11 @@ class _LinearHeadLoss(torch.autograd.Function):
         objective: Objective,
         rows: int,
         vocabulary: VocabularyPart,
+        learns: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = product_dtype(hidden)
         kind, reduced = hidden.device.type, _reduced_in(dtype)
-        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        of_hidden, of_weight, of_bias = (learns and needed for needed in ctx.needs_input_grad[:3])
         made = _Gradients(torch.empty_like(hidden) if of_hidden else None, of_weight, of_bias)
         factors = factors.to(reduced)
         ctx.unit = None
@@ -116,7 +119,8 @@ class _LinearHeadLoss(torch.autograd.Function):
             for start in range(0, len(targets), rows):
                 inputs = hidden[start : start + rows].to(dtype)
                 count = len(inputs)
-                inputs = F.pad(inputs, (0, 0, 0, -count % even))
+                if count % even:
+                    inputs = F.pad(inputs, (0, 0, 0, -count % even))
                 logits = F.linear(inputs, matrix, None if bias is None else bias.to(dtype))
                 logits[count:] = 0  # which adds nothing to a gradient
                 at = start
@@ -142,7 +146,7 @@ class _LinearHeadLoss(torch.autograd.Function):
             raise RuntimeError("the gradients of a head's loss are given away in its first backward pass")
         scale = grad_loss if ctx.unit is None else grad_loss * ctx.unit
         made, ctx.made = ctx.made, None
-        return (*(None if one is None else one.mul_(scale) for one in made), None, None, None, None, None)
+        return (*(None if one is None else one.mul_(scale) for one in made), None, None, None, None, None, None)
 
 
 def _turn_into_gradient(

@@ -154,8 +154,12 @@ class _Step:
         return max(first, embedding, key=lambda parts: sum(parts.values()))
 
     def _update(self) -> dict[str, float]:
-        """AdamW is fused and needs nothing; where weights are cut in several ways, denominators of one at a time."""
+        """AdamW is fused and needs nothing, unless the loss is scaled, when it has the denominators of all weights, or
+        weights are cut in several ways, when it has those of one after the other.
+        """
         trained = self.trained_numel * self.held * self.share
+        if self.setup.precision == "16-mixed":
+            return {"gradients": trained, "optimizer": trained}
         if self.setup.parallel.tensor_parallel_size == 1:
             return {"gradients": trained}
         sizes = [parameter.numel() * self.held * self.share for parameter in _trained(self.network)]

@@ -262,7 +262,9 @@ class MFTModule(EvaluatedModule):
             self.built.complete()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer, scheduler = self.optim.build(live_parameters(self._network), self.matrices, self.total_steps())
+        scaled = self.product_dtype == torch.float16
+        parameters = live_parameters(self._network)
+        optimizer, scheduler = self.optim.build(parameters, self.matrices, self.total_steps(), scaled=scaled)
         self.group_settings = group_settings(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

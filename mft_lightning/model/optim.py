@@ -64,7 +64,12 @@ class OptimizerSettings:
             )
 
     def build(
-        self, parameters: Iterable[tuple[str, nn.Parameter]], matrices: Collection[str], total_steps: int
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        matrices: Collection[str],
+        total_steps: int,
+        *,
+        scaled: bool = False,
     ) -> tuple[Optimizer, LambdaLR]:
         """The optimizer of named parameters, those that train, and its schedule over ``total_steps``.
 
@@ -72,6 +77,8 @@ class OptimizerSettings:
             parameters: by name, as they will be trained.
             matrices: the names of those that decay, of :func:`matrix_names`.
             total_steps: of the whole run.
+            scaled: whether a scaler of the loss multiplies gradients. It leaves those of a fused optimizer scaled for
+                the optimizer to undo, and they would be measured and clipped so.
         """
         if self.loraplus_lr_ratio is None:
             groups = parameter_groups(parameters, matrices, self.weight_decay)
@@ -87,7 +94,7 @@ class OptimizerSettings:
             optimizer = PagedAdamW(groups, lr=self.learning_rate, betas=betas, eps=self.adam_epsilon)
         else:
             alike = all(len(by_mesh(group["params"])) == 1 for group in groups)
-            how: dict[str, Any] = {"fused": True} if alike else {"foreach": False}
+            how: dict[str, Any] = {"fused": not scaled} if alike else {"foreach": False}
             optimizer = AdamW(groups, lr=self.learning_rate, betas=betas, eps=self.adam_epsilon, **how)
         factor = learning_rate_factor(
             self.lr_scheduler_type,
@@ -111,6 +118,10 @@ def put_in_force(settings: list[dict[str, Any]], optimizer: Optimizer, scheduler
     for i, (group, configured) in enumerate(zip(optimizer.param_groups, settings, strict=True)):
         group.update(configured)
         group["lr"] = scheduler.base_lrs[i] * scheduler.lr_lambdas[i](scheduler.last_epoch)
+        if group.get("fused"):  # it counts steps where the weight is, others may have saved theirs on the host
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                state.update({key: value.to(parameter.device) for key, value in state.items() if key == "step"})
 
 
 def matrix_names(module: nn.Module) -> set[str]:

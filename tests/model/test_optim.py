@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.plugins.precision.amp import _optimizer_handles_unscaling
 from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.model.gradients import clip_gradients
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.optim import (
     SCHEDULERS,
+    OptimizerSettings,
+    group_settings,
     learning_rate_factor,
     matrix_names,
     parameter_groups,
+    put_in_force,
 )
 from mft_lightning.model.settings import LoraSettings
 
@@ -116,3 +125,53 @@ def test_loraplus_learns_as_fast_as_pefts_own(tiny_model: Path, example_tasks: l
         scheduler.step()
     rates = [group["lr"] for group in ours.param_groups]
     assert rates[1] == pytest.approx(16 * rates[0]) and 0 < rates[0] < 1e-5
+
+
+def adamw(parameters: Iterable[tuple[str, nn.Parameter]], *, scaled: bool = False) -> tuple[AdamW, LambdaLR]:
+    settings = OptimizerSettings(
+        kind="adamw",
+        learning_rate=1e-2,
+        min_lr=0,
+        num_warmup_steps=0,
+        lr_scheduler_type="constant",
+        lr_power=1.0,
+        lr_num_cycles=1,
+        weight_decay=0.0,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        adam_epsilon=1e-8,
+    )
+    optimizer, scheduler = settings.build(parameters, {"weight"}, 10, scaled=scaled)
+    assert isinstance(optimizer, AdamW)
+    return optimizer, scheduler
+
+
+@pytest.mark.parametrize("overflow", [True, False])
+def test_scaled_gradients_are_measured_as_they_are(overflow: bool) -> None:
+    """In the order of Lightning's MixedPrecision: it leaves the scale to optimizers that would undo it themselves."""
+    network = nn.Linear(8, 8)
+    loss = network(torch.ones(2, 8)).square().mean()
+    expected = torch.cat([one.flatten() for one in torch.autograd.grad(loss, list(network.parameters()))]).norm()
+    optimizer, _ = adamw(network.named_parameters(), scaled=True)
+    assert not _optimizer_handles_unscaling(optimizer)
+    before = network.weight.detach().clone()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(network(torch.ones(2, 8)).square().mean()).backward()
+    if overflow:
+        assert network.weight.grad is not None
+        network.weight.grad[0, 0] = torch.inf
+    scaler.unscale_(optimizer)
+    norm = clip_gradients(network, list(network.parameters()), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(network.weight, before) is overflow
+    assert norm == (torch.inf if overflow else pytest.approx(float(expected), rel=1e-5))
+
+
+def test_steps_are_counted_where_weights_are() -> None:
+    """Of a checkpoint whose optimizer was not fused, they came on the host."""
+    weight = nn.Parameter(torch.zeros(3, 2, device="meta"))
+    optimizer, scheduler = adamw([("weight", weight)])
+    optimizer.state[weight] = {"step": torch.tensor(4.0), "exp_avg": torch.zeros_like(weight)}
+    put_in_force(group_settings(optimizer), optimizer, scheduler)
+    assert optimizer.state[weight]["step"].device == weight.device
