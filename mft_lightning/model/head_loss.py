@@ -7,6 +7,7 @@ computed again on the way back.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mft_lightning.model.logit_buffer import LogitBuffer
 from mft_lightning.model.logit_gradient import turn_into_gradient
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.product_dtype import product_dtype
@@ -26,6 +28,7 @@ CACHED = 2**20  # by each core of a CPU
 PIECE = 64 * 2**20  # by another device, not yet run on a GPU
 # a CPU's products of half-precision matrices take up to 1.4 times as long with other numbers of rows
 ROWS_TOGETHER = 64
+ROWS_WITHOUT_WEIGHT = 256  # of a chunk of such, where the weight has no gradient: more are not faster
 ROWS_ADDED = 4096  # of a weight's gradient
 # the largest factor in float16: far above its smallest number, 6e-8, and a chunk's sum far below its largest, 65504
 HALF_LARGEST = 1 / 16
@@ -46,7 +49,13 @@ class TokenLosses(NamedTuple):
 
 
 def head_loss(
-    head: nn.Module, hidden: Tensor, targets: Tensor, factors: Tensor, objective: Objective, rows: int
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    factors: Tensor,
+    objective: Objective,
+    rows: int,
+    buffer: LogitBuffer | None = None,
 ) -> TokenLosses:
     """The weighted loss of a head's logits, reduced in at least float32.
 
@@ -57,12 +66,13 @@ def head_loss(
         factors: ``[P]``, what each counts.
         objective: of each.
         rows: tokens whose logits stand in memory at once.
+        buffer: for the logits of a linear head. Default: one for this call.
     """
     if is_shared(head) or _is_plain(head):
         linear = cast(nn.Linear, head)
         weight, bias, vocabulary = _here(linear.weight), _here(linear.bias), VocabularyPart.of(linear.weight)
         learns = torch.is_grad_enabled()  # of which autograd's context knows nothing
-        given = (targets, factors, objective, rows, vocabulary, learns)
+        given = (targets, factors, objective, rows, vocabulary, learns, buffer or LogitBuffer())
         return TokenLosses(*_LinearHeadLoss.apply(hidden, weight, bias, *given))
     parts = []
     for start in range(0, len(targets), rows):
@@ -101,6 +111,7 @@ class _LinearHeadLoss(torch.autograd.Function):
         rows: int,
         vocabulary: VocabularyPart,
         learns: bool,
+        buffer: LogitBuffer,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = product_dtype(hidden)
         kind, reduced = hidden.device.type, _reduced_in(dtype)
@@ -111,34 +122,27 @@ class _LinearHeadLoss(torch.autograd.Function):
         if dtype == torch.float16:  # in which a factor of one in thousands leaves nothing of a gradient
             ctx.unit = factors.abs().amax().clamp_min(torch.finfo(reduced).tiny) / HALF_LARGEST
             factors = factors / ctx.unit
-        nll = torch.empty(len(targets), dtype=reduced, device=hidden.device)
-        value, correct = torch.empty_like(nll), torch.empty_like(targets)
-        rows, even = _even_chunks(len(targets), rows, ROWS_TOGETHER if kind == "cpu" and dtype.itemsize == 2 else 1)
-        piece = rows if vocabulary.group is not None else min(rows, cached_rows(kind, vocabulary.count))
+        halves_on_cpu = kind == "cpu" and dtype.itemsize == 2
+        if halves_on_cpu and not of_weight:
+            rows = min(rows, ROWS_WITHOUT_WEIGHT)
+        together = min(rows, ROWS_TOGETHER if halves_on_cpu else 1)
+        piece = rows if vocabulary.group is not None else cached_rows(kind, vocabulary.count)
+        tokens = _Tokens(targets, factors, objective, vocabulary, piece)
         with torch.autocast(kind, enabled=False):
-            matrix = weight.to(dtype)
-            for start in range(0, len(targets), rows):
-                inputs = hidden[start : start + rows].to(dtype)
-                count = len(inputs)
-                if count % even:
-                    inputs = F.pad(inputs, (0, 0, 0, -count % even))
-                logits = F.linear(inputs, matrix, None if bias is None else bias.to(dtype))
-                logits[count:] = 0  # which adds nothing to a gradient
-                at = start
-                for some in logits[:count].split(piece):
-                    part = slice(at, at + len(some))
-                    nll[part], value[part], correct[part] = turn_into_gradient(
-                        some, targets[part, None], factors[part, None], objective, vocabulary
-                    )
-                    at = part.stop
-                made.add(slice(start, at), logits, inputs, matrix)
-                del some, logits  # before the next chunk has its own
+            matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+            inputs = F.pad(hidden.to(dtype), (0, 0, 0, -len(targets) % together))
+            for part in _even_parts(len(inputs), rows, together):
+                logits = buffer.of(inputs[part], vocabulary.count)
+                _multiply(inputs[part], matrix, offset, out=logits)
+                tokens.turn_into_gradient(logits, part.start)
+                made.add(part, logits, inputs[part], matrix)
+                del logits  # before the next chunk has its own
             if made.of_hidden is not None:
                 vocabulary.sum(made.of_hidden)
         ctx.made = made.finished(weight, bias)
-        ctx.mark_non_differentiable(nll, correct)
-        loss = (factors * value).sum(dtype=torch.float64).to(reduced)
-        return (loss if ctx.unit is None else loss * ctx.unit), nll, correct
+        ctx.mark_non_differentiable(tokens.nll, tokens.correct)
+        loss = (factors * tokens.value).sum(dtype=torch.float64).to(reduced)
+        return (loss if ctx.unit is None else loss * ctx.unit), tokens.nll, tokens.correct
 
     @staticmethod
     @once_differentiable
@@ -147,7 +151,39 @@ class _LinearHeadLoss(torch.autograd.Function):
             raise RuntimeError("the gradients of a head's loss are given away in its first backward pass")
         scale = grad_loss if ctx.unit is None else grad_loss * ctx.unit
         made, ctx.made = ctx.made, None
-        return (*(None if one is None else one.mul_(scale) for one in made), None, None, None, None, None, None)
+        return (*(None if one is None else one.mul_(scale) for one in made), *(None,) * 7)
+
+
+class _Tokens:
+    """What logits tell of tokens, each ``[P]``.
+
+    ``nll``, ``value`` of the objective, and whether the likeliest token was the ``correct`` one.
+
+    Args:
+        targets: ``int64 [P]``, the tokens.
+        factors: what each counts, ``[P]``, of the type that logits are reduced in.
+        objective: of each.
+        vocabulary: the part of it that logits are of.
+        piece: tokens whose logits are worked on at a time.
+    """
+
+    def __init__(
+        self, targets: Tensor, factors: Tensor, objective: Objective, vocabulary: VocabularyPart, piece: int
+    ) -> None:
+        self.nll, self.value, self.correct = (torch.empty_like(like) for like in (factors, factors, targets))
+        self._targets, self._factors = targets[:, None], factors[:, None]
+        self._known = (objective, vocabulary)
+        self._piece = piece
+
+    def turn_into_gradient(self, logits: Tensor, first: int) -> None:
+        """Turn the logits of the tokens from ``first`` on into their gradient; rows after the last token become 0."""
+        count = len(self.nll) - first
+        logits[count:] = 0
+        for some in logits[:count].split(self._piece):
+            part = slice(first, first + len(some))
+            told = turn_into_gradient(some, self._targets[part], self._factors[part], *self._known)
+            self.nll[part], self.value[part], self.correct[part] = told
+            first = part.stop
 
 
 class _Gradients:
@@ -165,9 +201,10 @@ class _Gradients:
         self._sums: list[Tensor | None] = [None, None]
 
     def add(self, part: slice, of_logits: Tensor, inputs: Tensor, matrix: Tensor) -> None:
-        """Take a chunk of tokens, and rows of zeros after it; of several, sums are kept in at least float32."""
+        """Take a chunk of tokens, and rows of zeros after the last; of several, sums are kept in at least float32."""
         if self.of_hidden is not None:
-            self.of_hidden[part] = (of_logits @ matrix)[: part.stop - part.start]
+            of_inputs = of_logits @ matrix
+            self.of_hidden[part] = of_inputs[: len(self.of_hidden) - part.start]
         of_weight, of_bias = self._sums
         reduced = _reduced_in(of_logits.dtype)
         if self._wanted[1]:
@@ -198,19 +235,27 @@ def _added(total: Tensor, part: Tensor) -> Tensor:
     return total
 
 
-def _even_chunks(tokens: int, rows: int, together: int) -> tuple[int, int]:
-    """Rows of chunks that are about equal, and what to fill each up to a multiple of.
+def _even_parts(count: int, most: int, together: int) -> Iterator[slice]:
+    """Parts of about equal length of ``count`` rows.
 
     Args:
-        tokens: of all chunks.
-        rows: of a chunk, at most.
-        together: rows that matrix products are fastest with a multiple of.
+        count: a multiple of ``together``.
+        most: rows of a part, at least ``together``.
+        together: what a part's rows, too, are a multiple of.
     """
-    together = min(together, rows)
-    most = rows // together * together
-    chunks = max(1, -(-tokens // most))
-    each = max(1, -(-tokens // chunks))
-    return min(most, each + -each % together), together
+    parts = -(-count // (most // together * together))
+    each = -(-count // parts)
+    each += -each % together
+    for start in range(0, count, each):
+        yield slice(start, min(start + each, count))
+
+
+def _multiply(inputs: Tensor, matrix: Tensor, offset: Tensor | None, out: Tensor) -> None:
+    """``inputs @ matrix.T + offset``."""
+    if offset is None:
+        torch.mm(inputs, matrix.T, out=out)
+    else:
+        torch.addmm(offset, inputs, matrix.T, out=out)
 
 
 def cached_rows(device: str, width: int) -> int:

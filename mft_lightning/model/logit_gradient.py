@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.vocabulary_parallel import LogitSums, VocabularyPart
+
+BLOCK = 128  # numbers of a row
 
 
 def turn_into_gradient(
@@ -48,9 +51,28 @@ def _normalised(logits: Tensor, targets: Tensor, objective: Objective) -> tuple[
         targets: ``int64 [P, 1]``.
         objective: tells whether their sum is needed; else anything stands for it.
     """
-    likeliest = logits.argmax(-1, keepdim=True)
+    likeliest = argmax(logits)
     highest, of_target = logits.gather(1, likeliest), logits.gather(1, targets)
     added = logits.sum(-1, keepdim=True) if objective.label_smoothing else of_target
     probability = logits.softmax(-1)
     total = probability.gather(1, likeliest).reciprocal()  # of exp(logit - highest), which is 1 at the likeliest
     return LogitSums(highest, likeliest, total, of_target, added), probability
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """Places of the highest of each row of ``[P, V]``, the first of several, ``[P, 1]``.
+
+    A CPU finds the highest number of a block some ten times as fast as its place.
+    """
+    blocks = logits.shape[-1] // BLOCK
+    if logits.device.type != "cpu" or blocks < 2:
+        return logits.argmax(-1, keepdim=True)
+    whole, rest = logits.split([blocks * BLOCK, logits.shape[-1] - blocks * BLOCK], dim=-1)
+    whole = whole.unflatten(-1, (blocks, BLOCK))
+    block = whole.amax(-1).argmax(-1, keepdim=True)
+    inside = whole.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1)
+    place = block * BLOCK + inside.argmax(-1, keepdim=True)
+    if not rest.shape[-1]:
+        return place
+    after = rest.argmax(-1, keepdim=True)
+    return torch.where(rest.gather(1, after) > logits.gather(1, place), after + blocks * BLOCK, place)

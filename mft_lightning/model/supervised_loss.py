@@ -15,6 +15,7 @@ from mft_lightning.model.attention import packed_row_arguments
 from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.head_loss import head_loss
 from mft_lightning.model.last_layer import is_shortened, shorten_last_layer
+from mft_lightning.model.logit_buffer import LogitBuffer
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.product_dtype import product_dtype
 from mft_lightning.model.quantized import gather_scales
@@ -65,6 +66,7 @@ class SupervisedLM(nn.Module):
         shorten_last_layer(self.causal_lm)
         self.objective = objective
         self.logit_budget = logit_budget
+        self._logits = LogitBuffer()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As Lightning's bf16-true casts the weights, and strategies move them."""
@@ -94,7 +96,8 @@ class SupervisedLM(nn.Module):
         hidden = self.predictor_states(micro)
         factors = torch.ones_like(micro.tasks, dtype=torch.float32) if weigh is None else weigh(micro)
         per_token = factors[micro.conversation]
-        losses = head_loss(self._head, hidden, micro.targets, per_token, self.objective, self._rows(hidden))
+        how = (self.objective, self._rows(hidden), self._logits)
+        losses = head_loss(self._head, hidden, micro.targets, per_token, *how)
         return SupervisedNLL(
             losses.loss,
             losses.nll.new_zeros(conversations).index_add(0, micro.conversation, losses.nll),

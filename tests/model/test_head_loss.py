@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mft_lightning.errors import UserError
+from mft_lightning.model import logit_buffer
 from mft_lightning.model.head_loss import TokenLosses, head_loss
+from mft_lightning.model.logit_buffer import LogitBuffer
 from mft_lightning.model.objective import Objective
 from tests.model.largest import Largest
 
@@ -161,6 +163,17 @@ def test_no_more_logits_stand_in_memory_than_of_so_many_rows(tokens: int, wrappe
     with Largest() as largest:
         head_loss(Wrapped(head) if wrapped else head, *others, Objective(label_smoothing=0.1), rows).loss.backward()
     assert largest.elements == max(min(rows, tokens) * VOCABULARY, tokens * HIDDEN)
+
+
+def test_logits_lie_where_those_of_the_step_before_lay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logit_buffer, "MAPPED_ANEW", 4 * VOCABULARY * 8)
+    buffer, places = LogitBuffer(), set()
+    for tokens in (13, 7, 13, 12):
+        given_ = case(tokens, tokens=tokens)
+        found = head_loss(*given_, Objective(z_loss=0.1), 13, buffer)
+        places.add(buffer.of(given_[1], VOCABULARY).data_ptr())
+        assert_same(given_, found, given_, plain(*given_, Objective(z_loss=0.1)))
+    assert len(places) == 1
 
 
 def test_a_second_backward_pass_is_refused() -> None:
