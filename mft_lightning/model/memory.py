@@ -15,13 +15,12 @@ from torch import nn
 
 from mft_lightning.model.activations import Computation, heads_within, kept_by_layer
 from mft_lightning.model.adapters import has_adapters, in_adapter
-from mft_lightning.model.head_loss import cached_rows
 from mft_lightning.model.lora_start import changes_base
+from mft_lightning.model.loss_memory import LossMemory
 from mft_lightning.model.parallel import transformer_layers
 from mft_lightning.model.product_dtype import computes_bfloat16
 from mft_lightning.model.quantized import dequantized_bytes, eight_bit_layers, held_bytes
 from mft_lightning.model.step_setup import StepSetup
-from mft_lightning.model.supervised_loss import LOGIT_BUDGET, LOGIT_BUDGETS
 from mft_lightning.model.whole_modules import in_force
 
 PARTS = ("weights", "gathered weights", "gradients", "optimizer", "activations", "loss")
@@ -80,6 +79,7 @@ class _Step:
         self.root_numel = self.numel - self.layers * self.layer_numel
         self.root_trained_numel = self.trained_numel - self.layers * self.layer_trained_numel
         self.head_trained_numel = _numel(_trained(self.head))
+        self.loss = LossMemory(self.head, setup.tokens, setup.device, self.product, self.used)
         self.root_last_numel = _trained(network)[-1].numel() if self.root_trained_numel else 0
         # a share of what is held for the whole step; offloaded, it is not on the device
         offloaded = setup.parallel.cpu_offload and setup.device == "cuda"
@@ -98,6 +98,7 @@ class _Step:
         fixed = {
             "weights": sum(map(held_bytes, network.parameters())) * self.share + self._begun(),
             "optimizer": 2 * self.trained_numel * self.held * self.share,  # AdamW's two moments
+            "loss": self.loss.kept(),
         }
         return [
             Moment(name, {part: round(fixed.get(part, 0) + parts.get(part, 0)) for part in PARTS})
@@ -118,7 +119,7 @@ class _Step:
             "gathered weights": self._gathered(0, coming=2),
             "gradients": self._before_backward(),
             "activations": self._kept() + 2 * self._hidden_states(),  # the last norm's input, and what it gave
-            "loss": self._loss(),
+            "loss": 2 * self._hidden_states() + self.loss.beside_kept(),  # the head's inputs and their gradients
         }
 
     def _backward_begins(self) -> dict[str, float]:
@@ -288,30 +289,6 @@ class _Step:
         if self.again and has_adapters(self.network.model):
             made += 4 * tokens * config.hidden_size * self.product  # what adapters add to, and to what they are added
         return self._hidden_states() + made
-
-    def _loss(self) -> float:
-        """The head's inputs and their gradients, its own gradient, and a chunk of logits that become theirs."""
-        setup, vocabulary, hidden = self.setup, self.head.out_features, self.config.hidden_size
-        computed = self.product
-        if setup.device == "cpu" and computed == 2 and not computes_bfloat16():
-            computed = 4
-        reduced = max(computed, 4)
-        budget = LOGIT_BUDGETS.get(setup.device, LOGIT_BUDGET)
-        rows = max(1, min(setup.tokens, budget // (computed * vocabulary)))
-        inputs_and_gradients = 2 * self._hidden_states()
-        matrix = vocabulary * hidden
-        cast = matrix * computed if computed != self.used else 0
-        half = computed if computed < reduced else 0  # what exists in both precisions for a moment
-        if type(self.head) is not nn.Linear:  # with an adapter: logits, their log-softmax and gradient
-            return inputs_and_gradients + rows * vocabulary * (3 * reduced + half)
-        piece = min(rows, cached_rows(setup.device, vocabulary)) * vocabulary * reduced
-        chunk = rows * (vocabulary + hidden) * computed + (2 if half else 1) * piece
-        made = 0  # of the head's gradient
-        if self.head_trained_numel and rows == setup.tokens:
-            made = matrix * (computed + (self.used if computed != self.used else 0))
-        elif self.head_trained_numel:  # the sum, and a product of another type before it is added
-            made = matrix * (reduced + half)
-        return inputs_and_gradients + cast + chunk + made
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:
