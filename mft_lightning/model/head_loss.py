@@ -243,8 +243,8 @@ def _even_parts(count: int, most: int, together: int) -> Iterator[slice]:
         most: rows of a part, at least ``together``.
         together: what a part's rows, too, are a multiple of.
     """
-    parts = -(-count // (most // together * together))
-    each = -(-count // parts)
+    parts = max(1, -(-count // (most // together * together)))
+    each = max(1, -(-count // parts))
     each += -each % together
     for start in range(0, count, each):
         yield slice(start, min(start + each, count))

@@ -165,6 +165,14 @@ def test_no_more_logits_stand_in_memory_than_of_so_many_rows(tokens: int, wrappe
     assert largest.elements == max(min(rows, tokens) * VOCABULARY, tokens * HIDDEN)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_of_no_tokens_it_is_nothing(dtype: torch.dtype) -> None:
+    given_ = case(dtype=dtype, tokens=0)
+    found = head_loss(*given_, Objective(), 4)
+    assert found.loss == 0 and len(found.nll) == len(found.correct) == 0
+    assert all(not one.any() for one in gradients(given_, found))
+
+
 def test_logits_lie_where_those_of_the_step_before_lay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logit_buffer, "MAPPED_ANEW", 4 * VOCABULARY * 8)
     buffer, places = LogitBuffer(), set()
