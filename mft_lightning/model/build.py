@@ -135,10 +135,11 @@ def make_network(
             grow_embeddings(model, *room, source.seed)
         check_assumptions(SupervisedLM(model, objective), packed=packed)
     name_special_tokens(model, tokenizer)
+    keep_logits = not checkpoint_activations  # who saves memory saves that as well
     if checkpoint_activations:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if adapters is None:
-        return Built(SupervisedLM(model, objective), weights, None)
+        return Built(SupervisedLM(model, objective, keep_logits=keep_logits), weights, None)
     grown, base_path = room is not None, saved_path(random_base if source.init == "random" else source.path)
     adapted = add_lora(model, adapters, base_path=base_path, new_tokens=new_tokens, grown=grown)
     start = LoraStart(adapters.init, source.seed)
@@ -146,7 +147,7 @@ def make_network(
         stored = _stored(adapted, adapters.start_from)
         start.copies = {name: value for name, value in stored.items() if COPY in name}
         start.stored = {name: value for name, value in stored.items() if COPY not in name}
-    network = SupervisedLM(adapted, objective)
+    network = SupervisedLM(adapted, objective, keep_logits=keep_logits)
     base_rows = rows if grown and source.init == "pretrained" else None  # a random base is written as it grew
     if sketched:
         return Built(network, weights, start, base_rows)

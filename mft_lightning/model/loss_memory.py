@@ -23,6 +23,7 @@ class LossMemory:
         device: "cpu" or "cuda".
         product: bytes of a number in matrix products.
         used: bytes of a number of the head's weight as it is seen.
+        keep_logits: whether memory for logits lasts from step to step, where that is faster.
     """
 
     head: Any
@@ -30,11 +31,12 @@ class LossMemory:
     device: str
     product: int
     used: int
+    keep_logits: bool
 
     def kept(self) -> int:
         """Memory for logits that lasts from step to step."""
         size = self._rows * self.head.out_features * self._computed
-        return size if self.device == "cpu" and self._plain and size >= MAPPED_ANEW else 0
+        return size if self.keep_logits and self.device == "cpu" and self._plain and size >= MAPPED_ANEW else 0
 
     def beside_kept(self) -> int:
         """A chunk of logits, what becomes of them, and the head's gradient, at their most."""

@@ -79,7 +79,7 @@ class _Step:
         self.root_numel = self.numel - self.layers * self.layer_numel
         self.root_trained_numel = self.trained_numel - self.layers * self.layer_trained_numel
         self.head_trained_numel = _numel(_trained(self.head))
-        self.loss = LossMemory(self.head, setup.tokens, setup.device, self.product, self.used)
+        self.loss = LossMemory(self.head, setup.tokens, setup.device, self.product, self.used, not self.again)
         self.root_last_numel = _trained(network)[-1].numel() if self.root_trained_numel else 0
         # a share of what is held for the whole step; offloaded, it is not on the device
         offloaded = setup.parallel.cpu_offload and setup.device == "cuda"

@@ -53,6 +53,7 @@ class SupervisedLM(nn.Module):
         model: a transformers causal LM, or one wrapped by peft.
         objective: what is minimised of a token.
         logit_budget: bytes of a chunk's logits. Default: by the device.
+        keep_logits: let the memory for a chunk last from step to step, which is faster on a CPU (``LogitBuffer``).
     """
 
     def __init__(
@@ -60,13 +61,14 @@ class SupervisedLM(nn.Module):
         model: nn.Module,
         objective: Objective = Objective(),  # noqa: B008  # never written
         logit_budget: int | None = None,
+        keep_logits: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
         shorten_last_layer(self.causal_lm)
         self.objective = objective
         self.logit_budget = logit_budget
-        self._logits = LogitBuffer()
+        self._logits = LogitBuffer() if keep_logits else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As Lightning's bf16-true casts the weights, and strategies move them."""
