@@ -1,7 +1,7 @@
 """Where the time of an optimizer step goes, beside the least it could take: a step's budget and its roofline.
 
     python benchmarks/step_budget.py --model DIR --data TASK TASK --precision bf16-true
-    python benchmarks/step_budget.py --model DIR --data TASK TASK --method lora --steps 8 --operators 25
+    python benchmarks/step_budget.py --model DIR --data TASK TASK --method qlora --steps 8 --operators 25
 
 Runs ``fit``, packed, on a GPT-NeoX's configuration (weights are drawn), and profiles every second of its steps with
 torch's profiler. Nothing is computed otherwise than in any run: modules' names are regions of the profile by forward
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", required=True, help="directory of a GPT-NeoX's config.json and tokenizer")
     parser.add_argument("--data", nargs="+", required=True, help="task directories")
     parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--method", choices=("full", "lora"), default="full")
+    parser.add_argument("--method", choices=("full", "lora", "qlora"), default="full")
     parser.add_argument("--steps", type=int, default=5, help="that are profiled")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -145,8 +145,8 @@ def main(argv: list[str] | None = None) -> int:
     given |= {"trainer.accelerator": options.device, "trainer.devices": 1, "trainer.precision": options.precision}
     given |= {"trainer.max_steps": WARM_UP + 2 * options.steps, "trainer.gradient_clip_val": 1.0}
     given |= {"trainer.log_every_n_steps": 1, "checkpoint.checkpointing_steps": 1_000_000}
-    if options.method == "lora":
-        given |= {"model.peft_type": "lora", "model.lora.r": 16, "model.lora.dropout": 0}
+    if options.method != "full":
+        given |= {"model.peft_type": options.method, "model.lora.r": 16, "model.lora.dropout": 0}
     with tempfile.TemporaryDirectory() as directory:
         given["output_dir"] = Path(directory) / "run"
         return run(
