@@ -71,7 +71,10 @@ def read_model(workload: Workload, method: str, precision: str) -> Any:
     model = AutoModelForCausalLM.from_pretrained(workload.model, **options)
     if method == "full":
         return model
-    from peft import PeftModel
+    from peft import PeftModel, prepare_model_for_kbit_training
+
+    if method == "qlora" and precision != "bf16-true":  # where it would make embeddings, norms and head float32
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
     # else peft would hold the adapter of a bfloat16 base in float32
     return PeftModel.from_pretrained(model, workload.adapter, is_trainable=True, autocast_adapter_dtype=False)
