@@ -62,7 +62,8 @@ class Built:
     def base(self) -> Mapping[str, Tensor]:
         """The weights of the frozen base that adapters name, before any quantisation; none where all weights train.
 
-        Asked before :meth:`complete`, after which adapters may hold a part of them.
+        Asked before :meth:`complete`, after which adapters may hold a part of them, and layers less of each
+        (``frozen.py``).
         """
         if not has_adapters(self.network.model):
             return {}

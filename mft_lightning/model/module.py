@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -20,6 +21,7 @@ from mft_lightning.model.build import Built, make_network
 from mft_lightning.model.evaluated import EvaluatedModule
 from mft_lightning.model.export import describe, trained_names
 from mft_lightning.model.flops import UsefulFlops
+from mft_lightning.model.frozen import hold_as_multiplied
 from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
 from mft_lightning.model.lora import check_adapters, modules_to_save
 from mft_lightning.model.objective import Objective
@@ -260,6 +262,9 @@ class MFTModule(EvaluatedModule):
         assert self.built is not None
         if self.built.weights is None:  # of a sketch the strategy completes part after part
             self.built.complete()
+            if isinstance(self.trainer.precision_plugin, MixedPrecision):  # autocast, which no sharding strategy uses
+                kind = self.trainer.strategy.root_device.type
+                hold_as_multiplied(self.built.network, self.product_dtype, kind)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         scaled = self.product_dtype == torch.float16
