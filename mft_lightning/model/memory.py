@@ -15,6 +15,7 @@ from torch import nn
 
 from mft_lightning.model.activations import Computation, heads_within, kept_by_layer
 from mft_lightning.model.adapters import has_adapters, in_adapter
+from mft_lightning.model.frozen import only_multiplied
 from mft_lightning.model.lora_start import changes_base
 from mft_lightning.model.loss_memory import LossMemory
 from mft_lightning.model.parallel import transformer_layers
@@ -72,6 +73,7 @@ class _Step:
         self.used = 2 if self.mixed and self.fsdp else self.held  # of weights as layers see them
         self.product = 2 if self.mixed else self.held
         self.stream = self.used
+        self.halved = only_multiplied(network, setup.device) if self.mixed and not self.fsdp else []
         self.reduced = 4 if self.fsdp and setup.precision.startswith("bf16") else self.held
         # weights; the root is all that is not in a layer
         self.numel, self.trained_numel = _numel(network.parameters()), _numel(_trained(network))
@@ -79,7 +81,8 @@ class _Step:
         self.root_numel = self.numel - self.layers * self.layer_numel
         self.root_trained_numel = self.trained_numel - self.layers * self.layer_trained_numel
         self.head_trained_numel = _numel(_trained(self.head))
-        self.loss = LossMemory(self.head, setup.tokens, setup.device, self.product, self.used, not self.again)
+        seen = self.product if self.head in self.halved else self.used
+        self.loss = LossMemory(self.head, setup.tokens, setup.device, self.product, seen, not self.again)
         self.root_last_numel = _trained(network)[-1].numel() if self.root_trained_numel else 0
         # a share of what is held for the whole step; offloaded, it is not on the device
         offloaded = setup.parallel.cpu_offload and setup.device == "cuda"
@@ -96,7 +99,7 @@ class _Step:
             found.append(("second step begins", {"gradients": 2 * self.trained_numel * self.held}))
         network = self.network
         fixed = {
-            "weights": sum(map(held_bytes, network.parameters())) * self.share + self._begun(),
+            "weights": sum(map(held_bytes, network.parameters())) * self.share + self._begun() - self._halves(),
             "optimizer": 2 * self.trained_numel * self.held * self.share,  # AdamW's two moments
             "loss": self.loss.kept(),
         }
@@ -177,6 +180,10 @@ class _Step:
         named = self.setup.network.named_parameters()
         return sum(value.numel() for name, value in named if value.requires_grad and in_adapter(name)) * self.held
 
+    def _halves(self) -> float:
+        """What is spared by holding frozen weights as products read them (``frozen.py``)."""
+        return (self.held - self.product) * sum(_numel(linear.parameters()) for linear in self.halved)
+
     def _unreduced(self) -> float:
         """Gradients of earlier micro-batches; FSDP2 holds them whole until the last one's backward."""
         return self.trained_numel * self.reduced if self.several else 0
@@ -232,7 +239,7 @@ class _Step:
         """What matrix products under autocast keep of the weights of so many layers, in half precision."""
         if not self.mixed or self.fsdp:
             return 0
-        linears = [module for module in self.layer.modules() if type(module) is nn.Linear]
+        linears = {module for module in self.layer.modules() if type(module) is nn.Linear}.difference(self.halved)
         return 2 * layers * sum(_numel(linear.parameters()) for linear in linears)
 
     def _hidden_states(self) -> float:
