@@ -137,12 +137,15 @@ def make_network(
         check_assumptions(SupervisedLM(model, objective), packed=packed)
     name_special_tokens(model, tokenizer)
     keep_logits = not checkpoint_activations  # who saves memory saves that as well
-    if checkpoint_activations:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if adapters is None:
-        return Built(SupervisedLM(model, objective, keep_logits=keep_logits), weights, None)
     grown, base_path = room is not None, saved_path(random_base if source.init == "random" else source.path)
-    adapted = add_lora(model, adapters, base_path=base_path, new_tokens=new_tokens, grown=grown)
+    adapted = None
+    if adapters is not None:
+        adapted = add_lora(model, adapters, base_path=base_path, new_tokens=new_tokens, grown=grown)
+    if checkpoint_activations:  # after peft, which would let the embeddings' output need a gradient for good
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # that is for reentrant ones; layers below all adapters need no backward
+    if adapters is None or adapted is None:
+        return Built(SupervisedLM(model, objective, keep_logits=keep_logits), weights, None)
     start = LoraStart(adapters.init, source.seed)
     if adapters.start_from is not None:
         stored = _stored(adapted, adapters.start_from)

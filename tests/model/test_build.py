@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -190,3 +191,32 @@ def test_more_positions_than_the_model_has_are_refused(tiny_model: Path, example
     datamodule = MFTDataModule(data_paths=example_tasks, tokenizer_path=str(tiny_model), seq_length=513)
     with pytest.raises(UserError, match="512 positions"):
         MFTModule(pretrained_model_path=str(tiny_model), init="random").check(datamodule)
+
+
+@pytest.mark.parametrize(
+    ("target", "computed"), [("1.attention.query_key_value", [1, 2]), ("mlp.dense_4h_to_h", [2, 2])]
+)
+def test_layers_below_the_first_adapter_are_not_computed_again(
+    tiny_model: Path, example_tasks: list[str], target: str, computed: list[int]
+) -> None:
+    datamodule = MFTDataModule(data_paths=example_tasks, tokenizer_path=str(tiny_model), seq_length=256, num_workers=0)
+    ids, gradients = torch.arange(2, 42)[None], []
+    for again in (False, True):
+        lora = LoraSettings(r=4, dropout=0.0, target_modules=[target])
+        options: Any = {"init": "random", "peft_type": "lora", "lora": lora, "checkpoint_activations": again}
+        lm = MFTModule(pretrained_model_path=str(tiny_model), **options).build(datamodule).causal_lm.train()
+        times = [0, 0]
+        for number, layer in enumerate(lm.base_model.layers):
+
+            def count(*_: object, number: int = number, times: list[int] = times) -> None:
+                times[number] += 1
+
+            layer.attention.register_forward_pre_hook(count)
+        embedded = []
+        lm.get_input_embeddings().register_forward_hook(lambda *given, seen=embedded: seen.append(given[-1]))
+        states = lm.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        states.square().sum().backward()
+        assert times == (computed if again else [1, 1])
+        assert not embedded[0].requires_grad
+        gradients.append([parameter.grad for parameter in lm.parameters() if parameter.grad is not None])
+    assert len(gradients[0]) >= 1 and all(map(torch.equal, *gradients))
