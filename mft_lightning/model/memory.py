@@ -293,6 +293,10 @@ class _Step:
             row = tokens if self.setup.packed else self.setup.length
             heads = heads_within(self.layer.attention.query_key_value.out_features // 3, config)
             made = max(made, 2 * tokens * heads * row * 4 - 2 * inner)
+        if self.mixed and not self.fsdp and has_adapters(self.network.model):
+            made += (
+                2 * 4 * tokens * self.layer.mlp.dense_h_to_4h.out_features
+            )  # what float32 adapters read: its gradient
         if self.again and has_adapters(self.network.model):
             made += 4 * tokens * config.hidden_size * self.product  # what adapters add to, and to what they are added
         return self._hidden_states() + made
