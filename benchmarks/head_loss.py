@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mft_lightning.model.head_loss import head_loss
+from mft_lightning.model.logit_buffer import LogitBuffer
 from mft_lightning.model.objective import Objective
 
 
@@ -59,6 +60,7 @@ class Inputs(NamedTuple):
     targets: Tensor
     factors: Tensor
     lengths: list[int]
+    logits: LogitBuffer
 
 
 def make_inputs(options: argparse.Namespace, tokens: int, dtype: torch.dtype, trained: bool) -> Inputs:
@@ -74,7 +76,7 @@ def make_inputs(options: argparse.Namespace, tokens: int, dtype: torch.dtype, tr
     targets = torch.randint(options.vocabulary, (tokens,), device=device)
     lengths = [len(part) for part in targets.chunk(options.conversations)]
     factors = (torch.rand(len(lengths)) + 0.5).repeat_interleave(torch.tensor(lengths)) / tokens
-    return Inputs(head, hidden, targets, factors.to(device), lengths)
+    return Inputs(head, hidden, targets, factors.to(device), lengths, LogitBuffer())
 
 
 class Unknown(nn.Module):
@@ -89,13 +91,13 @@ class Unknown(nn.Module):
 
 
 def loss_of(case: Case, data: Inputs) -> Tensor:
-    head, hidden, targets, factors, lengths = data
+    head, hidden, targets, factors, lengths, buffer = data
     if case.way == "plain":
         return (F.cross_entropy(head(hidden).float(), targets, reduction="none") * factors).sum()
     if case.way in ("checkpointed", "fused"):
         assert case.rows is not None
         either = head if case.way == "fused" else Unknown(head)
-        return head_loss(either, hidden, targets, factors, Objective(), case.rows).loss
+        return head_loss(either, hidden, targets, factors, Objective(), case.rows, buffer).loss
     policy: dict[str, Any] = {} if case.policy == "auto" else {"acc_policy": case.policy, "acc_dtype": torch.float32}
     settings = nn.LinearCrossEntropyOptions(batch_chunk_size=case.rows, **policy)
 
@@ -152,7 +154,7 @@ def peak_mib(case: Case, options: argparse.Namespace, *setting: Any) -> float:
     data = make_inputs(options, *setting)
     small = nn.Linear(8, 16, bias=False, device=data.hidden.device, dtype=data.hidden.dtype)
     hidden = torch.randn(4, 8, device=data.hidden.device, dtype=data.hidden.dtype, requires_grad=True)
-    run(case, Inputs(small, hidden, data.targets[:4] % 16, data.factors[:4], [4]))  # loads libraries
+    run(case, Inputs(small, hidden, data.targets[:4] % 16, data.factors[:4], [4], LogitBuffer()))  # loads libraries
     if data.hidden.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
