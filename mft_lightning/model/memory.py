@@ -294,9 +294,7 @@ class _Step:
             heads = heads_within(self.layer.attention.query_key_value.out_features // 3, config)
             made = max(made, 2 * tokens * heads * row * 4 - 2 * inner)
         if self.mixed and not self.fsdp and has_adapters(self.network.model):
-            made += (
-                2 * 4 * tokens * self.layer.mlp.dense_h_to_4h.out_features
-            )  # what float32 adapters read: its gradient
+            made += 2 * 4 * tokens * self.layer.mlp.dense_h_to_4h.out_features  # of what float32 adapters read
         if self.again and has_adapters(self.network.model):
             made += 4 * tokens * config.hidden_size * self.product  # what adapters add to, and to what they are added
         return self._hidden_states() + made
