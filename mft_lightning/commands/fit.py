@@ -19,6 +19,7 @@ from mft_lightning.commands.outcome import run_summary, task_results
 from mft_lightning.commands.report import SKIPPED, run_plan
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
+from mft_lightning.model.compiled import require_compiler
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import duration, json_line, say, shown
@@ -109,6 +110,8 @@ def _fit(config: RunConfig) -> None:
         resumed_step=resumed.step if resumed else 0,
         extra_callbacks=[stop, WriteConfig(config)],
     )
+    if module.compile_layers:
+        require_compiler(trainer.strategy.root_device)
     plan = run_plan(trainer, module, datamodule, total_steps=total_steps, output_dir=config.output_dir, resumed=resumed)
     if resumed is not None:
         notes += changed_layout(resumed.path, trainer.world_size, config.settings.parallel.tensor_parallel_size)

@@ -6,6 +6,7 @@ row. Here each conversation is a causal attention of its own over its slice of t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -22,6 +23,14 @@ SDPA_BY_CONVERSATION = "sdpa_by_conversation"
 SLICED_MODEL_TYPES = ("gpt_neox",)  # their layers hand keywords and a ready mask on to the attention function
 
 
+@dataclass
+class PackedRow:
+    """The lengths of the conversations of a packed row; not a bare tuple, of each size of which torch.compile would
+    make a graph."""
+
+    lengths: tuple[int, ...]
+
+
 def sdpa_by_conversation(
     module: nn.Module,
     query: Tensor,
@@ -30,42 +39,46 @@ def sdpa_by_conversation(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    conversation_lengths: tuple[int, ...] | None = None,
+    packed_row: PackedRow | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function of transformers' ``AttentionInterface``.
 
     Args:
         module: the attention layer.
-        query: ``[1, heads, T, head]`` where lengths are given.
+        query: ``[1, heads, T, head]`` where a row is packed.
         key: like ``query``.
         value: like ``query``.
-        attention_mask: read only where no lengths are given.
+        attention_mask: read only where no row is packed.
         scaling: of the scores.
         dropout: on the attention weights.
-        conversation_lengths: of the conversations laid end to end, of sum ``T``; without them, transformers' sdpa.
+        packed_row: its conversations, laid end to end, of lengths of sum ``T``; without it, transformers' sdpa.
         kwargs: for transformers' sdpa.
 
     Returns:
         ``[1, T, heads, head]``, and no weights.
     """
-    if conversation_lengths is None:
+    if packed_row is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    return by_conversation(query, key, value, scaling, dropout, packed_row).transpose(1, 2), None
+
+
+@torch.compiler.disable  # its Python goes by the lengths, of which no two steps have the same
+def by_conversation(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, packed_row: PackedRow
+) -> Tensor:
+    """Causal attention of each conversation alone; ``[1, heads, T, head]`` like ``query``, ``key`` and ``value``."""
+    lengths = packed_row.lengths
     if suits_blocks(query, dropout):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        attended = blocked_causal_attention(query[0], key[0], value[0], conversation_lengths, scale)[None]
-    else:
-        slices = zip(*(states.split(conversation_lengths, dim=2) for states in (query, key, value)), strict=True)
-        attended = torch.cat(
-            [
-                F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
-                for q, k, v in slices
-            ],
-            dim=2,
-        )
-    return attended.transpose(1, 2), None
+        return blocked_causal_attention(query[0], key[0], value[0], lengths, scale)[None]
+    slices = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    attended = [
+        F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling) for q, k, v in slices
+    ]
+    return torch.cat(attended, dim=2)
 
 
 def packed_row_arguments(model: nn.Module, lengths: tuple[int, ...], like: Tensor) -> dict[str, Any]:
@@ -80,7 +93,7 @@ def packed_row_arguments(model: nn.Module, lengths: tuple[int, ...], like: Tenso
     if not lengths:
         return {}
     if implementation == SDPA_BY_CONVERSATION:
-        return {"attention_mask": like.new_zeros(1, 1, 1, 1), "conversation_lengths": lengths}
+        return {"attention_mask": like.new_zeros(1, 1, 1, 1), "packed_row": PackedRow(lengths)}
     if implementation == "flash_attention_2":
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(like.device, non_blocking=True)
         longest = max(lengths)

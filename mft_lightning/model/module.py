@@ -18,6 +18,7 @@ from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.place import data_parallel_place
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.build import Built, make_network
+from mft_lightning.model.compiled import compile_layers
 from mft_lightning.model.evaluated import EvaluatedModule
 from mft_lightning.model.export import describe, trained_names
 from mft_lightning.model.flops import UsefulFlops
@@ -61,6 +62,7 @@ class MFTModule(EvaluatedModule):
         lora: settings of the adapters.
         qlora: settings of the quantised base.
         checkpoint_activations: compute activations again in the backward pass instead of keeping them.
+        compile_layers: train layers compiled by torch.compile, which takes a C++ compiler and time in the first steps.
         attn_implementation: sdpa, eager, or flash_attention_2 on CUDA (not yet run on a GPU).
         pad_vocab_to_multiple_of: where the embeddings must grow for the tokenizer, grow to a multiple of this.
         trust_remote_code: run code that comes with the model.
@@ -101,6 +103,7 @@ class MFTModule(EvaluatedModule):
         lora: LoraSettings = LoraSettings(),  # noqa: B008  # settings are read, never written
         qlora: QLoraSettings = QLoraSettings(),  # noqa: B008
         checkpoint_activations: bool = False,
+        compile_layers: bool = False,
         attn_implementation: Attention = "sdpa",
         pad_vocab_to_multiple_of: int | None = None,
         trust_remote_code: bool = False,
@@ -156,6 +159,7 @@ class MFTModule(EvaluatedModule):
         self.peft_type, self.lora = peft_type, lora
         self.quantization = qlora.resolved(product_dtype) if peft_type == "qlora" else None
         self.checkpoint_activations = checkpoint_activations
+        self.compile_layers = compile_layers
         self.pad_vocab_to_multiple_of = pad_vocab_to_multiple_of
         self.optim = OptimizerSettings(
             kind=optimizer,
@@ -195,6 +199,11 @@ class MFTModule(EvaluatedModule):
         """Raise what can be known without loading weights or data; of this machine nothing where data alone will be."""
         config = load_config(self.source.path, self.source.model_type, self.source.trust_remote_code)
         check_tensor_parallel(config, tensor_parallel_size, modules_to_save(self.lora))
+        if self.compile_layers and tensor_parallel_size > 1:
+            raise UserError(
+                "model.compile_layers: layers that parallel.tensor_parallel_size shares out cannot be compiled. Leave "
+                "one of them out."
+            )
         if self.peft_type is not None:
             check_adapters(self.lora, tensor_parallel_size, quantized=self.quantization is not None)
         if self.quantization is not None and not data_alone:
@@ -260,6 +269,8 @@ class MFTModule(EvaluatedModule):
     def configure_model(self) -> None:
         self.build(self.datamodule)
         assert self.built is not None
+        if self.compile_layers:
+            compile_layers(self.built.network)
         if self.built.weights is None:  # of a sketch the strategy completes part after part
             self.built.complete()
             if isinstance(self.trainer.precision_plugin, MixedPrecision):  # autocast, which no sharding strategy uses
