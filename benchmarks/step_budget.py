@@ -15,10 +15,8 @@ kernels, and what is not accounted for is when the device waits.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
-import tempfile
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,11 +32,10 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import roofline
+from benchmarks.few_steps import run_steps, steps_parser
 from benchmarks.roofline import ATTENTION, HEAD
 from benchmarks.step_regions import PARTS, WARM_UP, Regions, attribute, labelled, name_parts
-from mft_lightning.cli import main as run
 from mft_lightning.data.collate import StepBatch
-from mft_lightning.data.cores import available_cores
 from mft_lightning.model import supervised_loss
 from mft_lightning.model.gemm_peak import gemm_speed
 from mft_lightning.model.module import MFTModule
@@ -126,38 +123,11 @@ def roofline_cells(work: roofline.Work, seconds: float, gemm: float, copy: float
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="directory of a GPT-NeoX's config.json and tokenizer")
-    parser.add_argument("--data", nargs="+", required=True, help="task directories")
-    parser.add_argument("--precision", default="32-true")
-    parser.add_argument("--method", choices=("full", "lora", "qlora"), default="full")
-    parser.add_argument("--steps", type=int, default=5, help="that are profiled")
-    parser.add_argument("--threads", type=int, default=available_cores())
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = steps_parser(__doc__, "that are profiled")
     parser.add_argument("--operators", type=int, default=0, help="that take most, to list besides")
-    parser.add_argument("more", nargs="*", help="options of fit, after --")
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
     callback = f'[{{"class_path": "benchmarks.step_budget.Budget", "init_args": {{"operators": {options.operators}}}}}]'
-    given: dict[str, Any] = {"data.data_paths": f"[{','.join(options.data)}]", "data.data_split": "100,0,0"}
-    given |= {"data.total_train_batch_size": 10, "data.per_device_train_batch_size": 10, "data.seq_length": 2048}
-    given |= {"model.pretrained_model_path": options.model, "model.init": "random", "evaluation.strategy": "none"}
-    given |= {"trainer.accelerator": options.device, "trainer.devices": 1, "trainer.precision": options.precision}
-    given |= {"trainer.max_steps": WARM_UP + 2 * options.steps, "trainer.gradient_clip_val": 1.0}
-    given |= {"trainer.log_every_n_steps": 1, "checkpoint.checkpointing_steps": 1_000_000}
-    if options.method != "full":
-        given |= {"model.peft_type": options.method, "model.lora.r": 16, "model.lora.dropout": 0}
-    with tempfile.TemporaryDirectory() as directory:
-        given["output_dir"] = Path(directory) / "run"
-        return run(
-            [
-                "fit",
-                *(f"--{key}={value}" for key, value in given.items()),
-                *options.more,
-                "--trainer.callbacks",
-                callback,
-            ]
-        )
+    return run_steps(options, WARM_UP + 2 * options.steps, "--trainer.callbacks", callback)
 
 
 if __name__ == "__main__":
