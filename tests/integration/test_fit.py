@@ -194,7 +194,7 @@ def test_torchs_profiler_sees_what_is_computed_without_it(fit: Callable[..., Pat
     assert "_LinearHeadLoss" in names and not any("lm_head" in str(name) for name in names)
 
 
-@pytest.mark.parametrize("config", ["full.yaml", "lora.yaml", "quickstart.yaml"])
+@pytest.mark.parametrize("config", ["full.yaml", "lora.yaml", "quickstart.yaml", "pretrain.yaml", "coba.yaml"])
 def test_shipped_configs_run_as_they_are(tmp_path: Path, config: str) -> None:
     words = ("--output_dir", str(tmp_path / "run"), "--trainer.max_steps", "1")
     result = command("fit", "--config", config, *words, "--evaluation.max_conversations_per_task", "2")

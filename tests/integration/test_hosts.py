@@ -99,9 +99,9 @@ def arguments(fit_arguments: Callable[..., list[str]], tmp_path: Path) -> Callab
     """``fit`` in a directory of this name, under this strategy; all share one token cache, which is empty at first."""
 
     def make(name: str, strategy: str, *words: str) -> list[str]:
-        few = ("--evaluation.at_start", "false", "--trainer.devices", "auto", "--trainer.strategy", strategy)
+        few = ("--evaluation.at_start", "false", "--trainer.strategy", strategy)
         cache = ("--data.cache_dir", str(tmp_path / "cache"))
-        return ["fit", *fit_arguments(tmp_path / name, *few, *cache, *words, config="ddp.yaml")]
+        return ["fit", *fit_arguments(tmp_path / name, *few, *cache, *words, config="multi-node.yaml")]
 
     return make
 
