@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": ("mft_lightning.commands.inspect:inspect", "show what the model will see and learn from"),
     "prepare": ("mft_lightning.commands.prepare:prepare", "tokenise the data of a run beforehand"),
     "estimate": ("mft_lightning.commands.estimate:estimate", "tell the memory a run needs, and what needs less"),
+    "schema": ("mft_lightning.commands.schema:schema", "print the JSON Schema of a run's YAML, for an editor"),
     "predict": ("mft_lightning.commands.predict:predict", "answer the conversations of task directories, and count"),
     "generate": ("mft_lightning.commands.generate:generate", "ask a checkpoint"),
     "chat": ("mft_lightning.commands.chat:chat", "talk to a checkpoint"),

@@ -5,12 +5,17 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import json
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from mft_lightning.errors import UserError, misread
+from mft_lightning.schema import Node, allowed, choices, keys_of, schema_of
+
+Documented = Callable[[str], str]  # a key -> where it is documented
 
 _UNKNOWN = (
     r"unrecognized arguments: --(?P<key>[\w.]+)",
@@ -24,17 +29,35 @@ _NO_NAMES = (
 )
 
 
-def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
+_LINKED = r'Linked "(?P<key>[\w.]+)" must be given via "(?P<by>[\w., ]+)"'
+_REFUSED = re.compile(r'Parser key "(?P<key>[\w.]+)"[^:\n]*:(?P<why>.*)', re.DOTALL)
+_VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
+
+
+def parse(
+    parser: ArgumentParser,
+    argv: Sequence[str],
+    schema: Callable[[], Node] | None = None,
+    documented: Documented = lambda key: "--help",
+) -> Namespace:
     """The options of a command line.
 
+    Args:
+        parser: of the command.
+        argv: the words after its name.
+        schema: what each key takes. Default: what the parser says.
+        documented: where a key is documented.
+
     Raises:
-        UserError: naming the key, and the nearest right one.
+        UserError: naming the key, and the nearest right one or what it takes.
     """
     try:
         return parser.parse_args(argv)
     except argparse.ArgumentError as error:
-        known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-        raise UserError(explain(str(error), known)) from error
+        nodes = dict(keys_of(schema() if schema is not None else schema_of(parser)))
+        options = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+        known = {option for option in options if option.replace("-", "_") in nodes}  # no groups
+        raise UserError(explain(str(error), known, nodes, documented)) from error
 
 
 def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
@@ -54,30 +77,89 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
         raise UserError(f"{what}: {'; '.join(' '.join(reason.split()) for reason in reasons)}") from error
 
 
-def explain(message: str, known: Set[str]) -> str:
+def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: Documented) -> str:
     """A parser's message with what to do about it.
 
     Args:
         message: of jsonargparse.
         known: all keys there are, like ``data.seq_length``.
+        nodes: what each takes, of a schema.
+        documented: where a key is documented.
 
     Returns:
         An unknown key with the nearest known one; names that YAML took for something else; a missing key said to be
-        missing; anything else without internals.
+        missing; a value that a key does not take, with what it takes; anything else without internals.
     """
+    refused = _REFUSED.search(message)
+    if refused and refused["key"] in nodes and (reasons := _reasons(refused["why"])):
+        return f"{refused['key']}: {reasons} See {documented(refused['key'])}."
     for pattern in _UNKNOWN:
         if match := re.search(pattern, message):
             found = match.groupdict()
             key = f"{found['group']}.{found['key']}" if found.get("group") else found["key"]
-            return f"{key}: there is no such key.{_nearest(key, known)}"
+            near = _nearest(key, known)
+            return f"{key}: there is no such key." + (
+                f" The nearest is {near}. See {documented(near)}." if near else ""
+            )
     if (match := re.search(_NO_NAMES, message, re.DOTALL)) and (values := _no_text(match["value"])):
         return f"{match['key']}: {misread(values)}"
-    if match := re.search(r'[Kk]ey "(?P<key>[\w.]+)":.*Got value: None$', message, re.DOTALL):
-        return f"{match['key']}: is missing. Give it in a --config file or on the command line."
+    if match := re.search(r'Key "(?P<group>[\w.]+)\.\w+" not found in namespace', message):
+        return f"{match['group']}: holds nothing. Give keys below it, or leave it out."
+    if match := re.search(_LINKED, message):
+        return f"{match['key']}: follows {match['by']}. Set it there. See {documented(match['by'].partition(',')[0])}."
     message = re.sub(r"Call to compute_fn of link .*? failed: ", "", message, flags=re.DOTALL)
-    message = re.sub(r'Parser key "([\w.]+)":', r"\1:", message)
-    message = message.replace("typing.", "").replace("<class 'NoneType'>", "null")
-    return re.sub(r"<class '(\w+)'>", r"\1", message)
+    if refused:
+        key, why = refused["key"], refused["why"]
+        if key in nodes:
+            return _refused(key, why, nodes[key], documented)
+        if "Unable to load config" in why:
+            return f"{key}: is a group of keys, {key}.NAME. Give them one by one, or a YAML file of them."
+    return re.sub(r'Parser key "([\w.]+)":', r"\1:", message)
+
+
+def _refused(key: str, why: str, node: Node, documented: Documented) -> str:
+    """What a key takes, in place of all that the parser tried."""
+    see = f"See {documented(key)}."
+    value = _given(why)
+    if value is None and "default" not in node:
+        return f"{key}: is missing. Give it in a --config file or on the command line. {see}"
+    return refusal(key, value, node, documented)
+
+
+def refusal(key: str, value: Any, node: Node, documented: Documented) -> str:
+    """That a key does not take a value, and what it takes."""
+    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    taken = f"{key}: {shown if len(shown) <= 80 else f'{shown[:77]}...'} is refused; it takes {allowed(node)}."
+    near = difflib.get_close_matches(str(value), map(str, choices(node)), n=1)
+    if value is None:
+        taken += f" Leave it out for its default, {node['default']}."
+    return " ".join([taken, *([f"The nearest is {near[0]}."] if near else []), f"See {documented(key)}."])
+
+
+def _given(why: str) -> Any:
+    """The refused value as a message has it: text, or what Python's syntax makes of it."""
+    written = (_VALUE.findall(why) or [""])[-1].strip()  # the first ones may be of parts of it
+    nested = re.fullmatch(r"NestedArg\(key='(\w+)', val=(.*)\)", written, re.DOTALL)
+    written = nested[2] if nested else written
+    try:
+        return ast.literal_eval(written)
+    except (ValueError, SyntaxError):
+        return written
+
+
+def _reasons(why: str) -> str:
+    """Why a class cannot be made of its path and arguments; nothing where the value names none."""
+    found = re.findall(
+        r"Problem with given class_path '([\w.]+)':\n(.*?)(?=\n *- Expected|\n *Given value|$)", why, re.DOTALL
+    )
+    return " ".join(f"{path}: {_reason(written)}." for path, written in dict(found).items())
+
+
+def _reason(written: str) -> str:
+    """One reason, on one line."""
+    if match := _REFUSED.search(written):
+        return f"the value of {match['key']} is of no kind that it takes"
+    return " ".join(written.split()).rstrip(".")
 
 
 def _no_text(written: str) -> list[object]:
@@ -90,9 +172,9 @@ def _no_text(written: str) -> list[object]:
     return values if all(value is None or isinstance(value, bool | int | float) for value in values) else []
 
 
-def _nearest(key: str, known: Set[str]) -> str:
+def _nearest(key: str, known: Set[str]) -> str | None:
     """The known key that is spelt most alike, as a whole or in its last part."""
     last = {name.rpartition(".")[2]: name for name in sorted(known, reverse=True)}
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.7)
     near = near or [last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=1, cutoff=0.6)]
-    return f" The nearest is {near[0]}." if near else ""
+    return near[0] if near else None

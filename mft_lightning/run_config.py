@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from mft_lightning.aside import written_aside
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
-from mft_lightning.key_errors import instantiate, parse
+from mft_lightning.key_errors import instantiate
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.paths import given_path
-from mft_lightning.shipped import shipped_config
+from mft_lightning.run_parser import RunParser, without_idle
+from mft_lightning.shipped import ROOT, shipped_config
 from mft_lightning.training.callbacks import EarlyStoppingSettings
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.evaluation import EvaluationSettings
@@ -29,6 +31,7 @@ from mft_lightning.training.trainer import (
     product_dtype,
     weights_dtype,
 )
+from mft_lightning.variables import MODE
 from mft_lightning.yaml_text import as_yaml
 
 GROUPS = {
@@ -50,6 +53,7 @@ class RunConfig(LightningCLI):
 
     datamodule: MFTDataModule
     model: MFTModule
+    parser: RunParser
     # what count_devices takes
     device_keys: tuple[str, ...] = (
         "trainer.accelerator",
@@ -67,7 +71,8 @@ class RunConfig(LightningCLI):
             save_config_callback=None,
             trainer_defaults=TRAINER_DEFAULTS,
             seed_everything_default=42,
-            parser_kwargs={"exit_on_error": False, "prog": f"python -m mft_lightning {prog}"},
+            parser_kwargs={"exit_on_error": False, "parser_mode": MODE, "prog": f"python -m mft_lightning {prog}"},
+            parser_class=RunParser,
             args=argv,
             run=False,
             auto_configure_optimizers=False,
@@ -108,7 +113,7 @@ class RunConfig(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parse(parser, _with_shipped_configs(args))
+        self.config = self.parser.keys(_with_shipped_configs(args))
 
     def before_instantiate_classes(self) -> None:
         check_trainer_keys(self.trainer_keys(self.config))
@@ -160,7 +165,7 @@ class RunConfig(LightningCLI):
         config.output_dir, config.ckpt_path, config.checkpoint.allow_changes = str(self.output_dir), None, False
         keys = json.loads(self.parser.dump(config, format="json", skip_unset=False, skip_link_targets=True))
         with written_aside(file) as aside:
-            aside.write_text(as_yaml(keys), encoding="utf-8")
+            aside.write_text(as_yaml(without_idle(keys)), encoding="utf-8")
 
 
 def _seed(value: bool | int) -> int:
@@ -175,9 +180,27 @@ def _with_shipped_configs(argv: list[str]) -> list[str]:
     for word in argv:
         option, given, value = word.partition("=")
         if follows:
-            word = shipped_config(word)
+            word = _found_config(word)
         elif option in ("--config", "-c") and given:
-            word = f"{option}={shipped_config(value)}"
+            word = f"{option}={_found_config(value)}"
         follows = word in ("--config", "-c")
         found.append(word)
+    return found
+
+
+def _found_config(name: str) -> str:
+    """A config here or, by its bare name, a shipped one.
+
+    Raises:
+        UserError: a bare name that neither has.
+    """
+    found = shipped_config(name)
+    path = Path(found)
+    if path.name == found and path.suffix in (".yaml", ".yml") and not path.exists():
+        shipped = sorted(file.name for file in (ROOT / "configs").glob("*.yaml"))
+        near = difflib.get_close_matches(name, shipped, n=1)
+        raise UserError(
+            f"--config {name}: there is no such file here, nor among the shipped ones: {', '.join(shipped)}."
+            + (f" The nearest is {near[0]}." if near else "")
+        )
     return found

@@ -125,8 +125,11 @@ def test_a_setting_that_cannot_work(
             "evaluation: {exclude_tasks: [a, on]}",
             "evaluation.exclude_tasks: YAML reads a name as True. Put it in quotes.",
         ),
-        ("data: {data_paths: [[a], no]}", "data.data_paths:\n  Does not validate"),
-        ("evaluation: {exclude_tasks: no}", "evaluation.exclude_tasks:\n  Expected a list"),
+        (
+            "data: {data_paths: [[a], no]}",
+            "data.data_paths: [['a'], False] is refused; it takes text, or a list of text.",
+        ),
+        ("evaluation: {exclude_tasks: no}", "evaluation.exclude_tasks: false is refused; it takes a list of text."),
         (
             "data: {task_weights: {no: 1}}",
             "(see [False, 'code_explanation', 'text_to_code', 'unit_tests']). YAML reads",
@@ -217,7 +220,8 @@ def test_the_process_exits_with_1_and_one_message() -> None:
     line = [sys.executable, "-m", "mft_lightning", "fit", "--config", "lora.yaml", "--data.seq_lenght", "5"]
     result = subprocess.run(line, cwd=ROOT, env=user_environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert result.stderr == "error: data.seq_lenght: there is no such key. The nearest is data.seq_length.\n"
+    message = "data.seq_lenght: there is no such key. The nearest is data.seq_length. See docs/data.md."
+    assert result.stderr == f"error: {message}\n"
     assert command("merge", "--adapter", "x").returncode == 1
     assert command("no-such-command").returncode == 1
     assert command("generate", "--model", "gone", "--prompt", "x").returncode == 1

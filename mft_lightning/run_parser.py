@@ -1,0 +1,101 @@
+"""The parser of a run's keys: what they take, how they are printed, and where they are documented."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from mft_lightning.commented import commented
+from mft_lightning.documented import page
+from mft_lightning.errors import UserError
+from mft_lightning.key_errors import parse, refusal
+from mft_lightning.schema import Node, class_form, keys_of, schema_of, takes
+from mft_lightning.training.strategies import SHORT_NAMES
+from mft_lightning.training.trainer import ELSEWHERE, WEIGHTS_DTYPE
+
+
+class RunParser(LightningArgumentParser):
+    """A parser whose ``--print_config`` explains every key, and whose messages say what a key takes."""
+
+    def keys(self, argv: Sequence[str]) -> Namespace:
+        """The keys of a command line.
+
+        Raises:
+            UserError: a key that is none, or a value that its key does not take.
+        """
+        found = parse(self, argv, self.schema, page)
+        for key, node in keys_of(self.schema()):
+            # jsonargparse lets it pass (``_check_value_key``): null is its own word for what is not given
+            if found.get(key, ...) is None and "null" not in takes(node):
+                raise UserError(refusal(key, None, node, page))
+        return found
+
+    def schema(self) -> Node:
+        """The JSON Schema of a file with keys of a run."""
+        return schema_of(self, _changes())
+
+    def dump(self, namespace: Namespace, format: str = "parser_mode", **options: Any) -> str:
+        """As ``--print_config`` prints it; in another format without comments.
+
+        jsonargparse makes another parser of this type for the arguments of each class that a key names
+        (``_typehints.py``, ``cached_get_class_parser``), which has no keys of a run.
+        """
+        if format != "parser_mode" or getattr(self, "_inner_parser", False):
+            return super().dump(namespace, format, **options)
+        keys = without_idle(json.loads(super().dump(namespace, "json", **options)))
+        return commented({name: keys[name] for name in sorted(keys, key=_place)}, self.schema(), page)
+
+
+def without_idle(keys: dict[str, Any]) -> dict[str, Any]:
+    """Keys of a run without those of the Trainer that have another home here, and are as they must be."""
+    trainer = {name: value for name, value in keys.get("trainer", {}).items() if name not in ELSEWHERE}
+    return {**keys, "trainer": trainer} if "trainer" in keys else keys
+
+
+_ORDER = ("data", "model", "trainer", "evaluation", "checkpoint", "early_stopping", "parallel")
+
+
+def _place(name: str) -> int:
+    """Single keys first, then groups in the order in which one thinks of them."""
+    return _ORDER.index(name) if name in _ORDER else -1
+
+
+def _changes() -> dict[str, Node]:
+    """What Lightning's own keys take and do here."""
+    changes: dict[str, Node] = {
+        f"trainer.{key}": {"const": default, "deprecated": True, "description": f"Has no effect here. Use {here}."}
+        for key, (default, here) in ELSEWHERE.items()
+    }
+    return changes | {
+        "seed_everything": {
+            "type": "integer",
+            "description": "of the split, the shuffles, random weights and dropout.",
+        },
+        "trainer.strategy": {
+            "anyOf": [{"enum": list(SHORT_NAMES)}, class_form("Strategy")],
+            "description": "how devices share the work: auto, ddp, fsdp, or a strategy of Lightning by its class_path.",
+        },
+        "trainer.num_nodes": {"type": "integer", "description": "machines."},
+        "trainer.precision": {
+            "enum": [*WEIGHTS_DTYPE, 32, None],
+            "description": "of weights and of matrix products. Default: 32-true.",
+        },
+        "trainer.max_epochs": {
+            "type": ["integer", "null"],
+            "description": "passes over the training data; a run ends at this or at max_steps, and needs one of them.",
+        },
+        "trainer.max_steps": {"type": "integer", "description": "optimizer steps of the run; -1 for no such limit."},
+        "trainer.gradient_clip_val": {
+            "type": ["number", "null"],
+            "description": "largest norm of all gradients of a step; null clips nothing.",
+        },
+        "trainer.gradient_clip_algorithm": {"enum": ["norm", None], "description": "gradients are clipped by norm."},
+        "trainer.enable_progress_bar": {
+            "type": ["boolean", "null"],
+            "description": "a bar, or plain lines. Default: a bar where the screen is a terminal.",
+        },
+    }

@@ -1,0 +1,84 @@
+"""Environment variables in a run's YAML: ``${NAME}`` and ``${NAME:-default}``, as in a shell."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader, set_loader
+
+from mft_lightning.errors import UserError
+
+MODE = "yaml with variables"  # of a parser that reads them
+FORM = r"\$\{[A-Za-z_]\w*(:-[^}]*)?\}"
+_ESCAPED_OR_FORM = re.compile(rf"\$\$\{{|{FORM}|\$\{{")
+_read_yaml = get_loader("yaml")
+
+
+def read(text: str, path: str = "") -> Any:
+    """YAML as the parser reads it, with what variables hold in the place of their names.
+
+    Keys stay as they are, and so do values on the command line, where the shell puts variables in.
+
+    Args:
+        text: of a file, or of one value.
+        path: the file's name, for messages.
+
+    Raises:
+        UserError: a variable that is not set and has no default, or what is none; a file that is not YAML.
+    """
+    try:
+        found = _read_yaml(text)
+    except yaml.MarkedYAMLError as error:
+        if not path:
+            raise
+        raise UserError(f"{path}{_place(error)}: is not valid YAML ({error.problem}).{_advice(error, text)}") from error
+    if path and not isinstance(found, dict):
+        raise UserError(f"{path}: holds no keys. Write them as group, colon, and the keys below it, indented.")
+    return _filled(found, "", path) if isinstance(found, dict) else found
+
+
+set_loader(MODE, read, (yaml.YAMLError,))
+
+
+def _filled(value: Any, key: str, path: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _filled(item, f"{key}.{name}" if key else str(name), path) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, key, path) for item in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    where = f"{key} ({path})" if path else key
+    return _ESCAPED_OR_FORM.sub(lambda match: _held(match[0], value, where), value)
+
+
+def _held(found: str, value: str, where: str) -> str:
+    """What a variable holds; its default also where it is set to nothing."""
+    if found == "$${":
+        return "${"
+    if found == "${":
+        raise UserError(
+            f"{where}: {value!r} names no variable. Write ${{NAME}} or ${{NAME:-default}}; $${{ stands for the "
+            "letters themselves."
+        )
+    name, colon, default = found[2:-1].partition(":-")
+    held = os.environ.get(name, "")
+    if held or colon:
+        return held or default
+    state = "is set to nothing" if name in os.environ else "is not set"
+    raise UserError(
+        f"{where}: the environment variable {name} {state}. Set it, as in export {name}=..., or give the key a "
+        f"default: ${{{name}:-...}}."
+    )
+
+
+def _place(error: yaml.MarkedYAMLError) -> str:
+    return f":{error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+
+
+def _advice(error: yaml.MarkedYAMLError, text: str) -> str:
+    """Braces begin a mapping of their own between brackets."""
+    line = text.splitlines()[error.problem_mark.line] if error.problem_mark is not None else ""
+    return " Put a value with ${...} in quotes where it stands between [ ]." if "${" in line else ""
