@@ -149,9 +149,7 @@ def _given(why: str) -> Any:
 
 def _reasons(why: str) -> str:
     """Why a class cannot be made of its path and arguments; nothing where the value names none."""
-    found = re.findall(
-        r"Problem with given class_path '([\w.]+)':\n(.*?)(?=\n *- Expected|\n *Given value|$)", why, re.DOTALL
-    )
+    found = re.findall(r"Problem with given class_path '([\w.]+)':\n(.*?)(?=\n *- |\n *Given value|$)", why, re.DOTALL)
     return " ".join(f"{path}: {_reason(written)}." for path, written in dict(found).items())
 
 

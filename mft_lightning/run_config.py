@@ -17,7 +17,7 @@ from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.paths import given_path
 from mft_lightning.run_parser import RunParser, without_idle
-from mft_lightning.shipped import ROOT, shipped_config
+from mft_lightning.shipped import ROOT, expanded, shipped_config, shipped_example
 from mft_lightning.training.callbacks import EarlyStoppingSettings
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.evaluation import EvaluationSettings
@@ -84,7 +84,7 @@ class RunConfig(LightningCLI):
             "--output_dir",
             type=str | None,
             default=None,
-            help="Everything a run writes. Default: checkpoints/<config>.",
+            help="everything a run writes. Default: checkpoints/<config>, or <one>+<other> of several.",
         )
         parser.add_argument(
             "--tensorboard_dir", type=str | None, default=None, help="TensorBoard's files. Default: output_dir/runs."
@@ -150,9 +150,8 @@ class RunConfig(LightningCLI):
             raise UserError("output_dir: is empty. Give a directory.")
         if self.config.output_dir is not None:
             return given_path(self.config.output_dir, "output_dir:").absolute()
-        configs = self.config.get("config") or []
-        stem = Path(str(configs[0])).stem if configs else "run"
-        return (Path("checkpoints") / stem).absolute()
+        stems = [Path(str(config)).stem for config in self.config.get("config") or [] if config is not None]
+        return (Path("checkpoints") / ("+".join(dict.fromkeys(stems)) or "run")).absolute()
 
     @property
     def tensorboard_dir(self) -> Path:
@@ -160,12 +159,29 @@ class RunConfig(LightningCLI):
         return given_path(given, "tensorboard_dir:").absolute() if given else self.output_dir / "runs"
 
     def save(self, file: Path) -> None:
-        """Write all keys of the run as YAML that ``--config`` takes again, with the output directory spelt out."""
+        """Write all keys of the run as YAML that ``--config`` takes again, from wherever: paths here are spelt out."""
         config = self.config.clone()
         config.output_dir, config.ckpt_path, config.checkpoint.allow_changes = str(self.output_dir), None, False
         keys = json.loads(self.parser.dump(config, format="json", skip_unset=False, skip_link_targets=True))
+        keys["data"]["data_paths"] = [str(task.directory.absolute()) for task in self.datamodule.tasks]
+        if self.datamodule.valid_tasks:
+            keys["data"]["valid_data_paths"] = [str(task.directory.absolute()) for task in self.datamodule.valid_tasks]
+        for group, name in (
+            (keys["model"], "pretrained_model_path"),
+            (keys["model"], "tokenizer_path"),
+            (keys["model"]["lora"], "start_from"),
+            (keys["data"], "cache_dir"),
+            (keys, "tensorboard_dir"),
+        ):
+            group[name] = _spelt_out(group[name])
         with written_aside(file) as aside:
             aside.write_text(as_yaml(without_idle(keys)), encoding="utf-8")
+
+
+def _spelt_out(path: str | None) -> str | None:
+    """A path that is here from the root on; a hub id, or what is not here, as it is."""
+    here = expanded(shipped_example(path)) if path else None
+    return str(here.absolute()) if here is not None and here.exists() else path
 
 
 def _seed(value: bool | int) -> int:

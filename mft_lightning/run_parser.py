@@ -17,6 +17,8 @@ from mft_lightning.schema import Node, class_form, keys_of, schema_of, takes
 from mft_lightning.training.strategies import SHORT_NAMES
 from mft_lightning.training.trainer import ELSEWHERE, WEIGHTS_DTYPE
 
+DRY_RUN = "dry_run"  # fit's option that is of one start, and no key of the run
+
 
 class RunParser(LightningArgumentParser):
     """A parser whose ``--print_config`` explains every key, and whose messages say what a key takes."""
@@ -51,7 +53,8 @@ class RunParser(LightningArgumentParser):
 
 
 def without_idle(keys: dict[str, Any]) -> dict[str, Any]:
-    """Keys of a run without those of the Trainer that have another home here, and are as they must be."""
+    """Keys of a run without what is no part of it, and those of the Trainer that are as they must be here."""
+    keys = {name: value for name, value in keys.items() if name != DRY_RUN}
     trainer = {name: value for name, value in keys.get("trainer", {}).items() if name not in ELSEWHERE}
     return {**keys, "trainer": trainer} if "trainer" in keys else keys
 

@@ -142,7 +142,7 @@ def _or_variable(node: Node, schema: Node) -> None:
     """Let an environment variable stand for a value that is no text."""
     if _takes_text(node, schema):
         return
-    about = {name: node.pop(name) for name in ("description", "default", "deprecated") if name in node}
+    about: Node = {name: node.pop(name) for name in ("description", "default", "deprecated") if name in node}
     own = node.pop("anyOf") if node.keys() == {"anyOf"} else [dict(node)]
     node.clear()
     node |= {"anyOf": [*own, _VARIABLE], **about}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import tempfile
 import time
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from mft_lightning import ranks
 from mft_lightning.aside import written_aside
+from mft_lightning.commands.dry_run import check_first_step
 from mft_lightning.commands.outcome import run_summary, task_results
 from mft_lightning.commands.report import SKIPPED, run_plan
 from mft_lightning.data.datamodule import MFTDataModule
@@ -22,6 +24,7 @@ from mft_lightning.errors import UserError
 from mft_lightning.model.compiled import require_compiler
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
+from mft_lightning.run_parser import DRY_RUN
 from mft_lightning.screen import duration, json_line, say, shown
 from mft_lightning.training.balancing import check_balancing
 from mft_lightning.training.checkpoint_choice import find_checkpoints, resolve_checkpoint
@@ -63,7 +66,7 @@ def _write_skipped(datamodule: MFTDataModule, file: Path) -> None:
 def fit(argv: list[str]) -> None:
     """Check everything that can be wrong first, then train; nothing is written before."""
     quieten()
-    config = RunConfig(argv, "fit")
+    config = RunConfig(argv, "fit", {DRY_RUN: {"action": "store_true", "help": "Check all up to the first step."}})
     _check_writable(config.output_dir, "output_dir")
     _check_writable(config.tensorboard_dir, "tensorboard_dir")
     with only_run_in(config.output_dir) if ranks.is_first() else nullcontext():
@@ -92,7 +95,7 @@ def _fit(config: RunConfig) -> None:
     )
     total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])
     if resumed is not None and resumed.step >= total_steps:
-        if ranks.is_first():
+        if ranks.is_first() and not config.config[DRY_RUN]:
             _settle(config, resumed)
         print(
             f"nothing to do: {resumed.path.name} is at the end, raise trainer.max_steps or trainer.max_epochs to go on"
@@ -116,6 +119,10 @@ def _fit(config: RunConfig) -> None:
     if resumed is not None:
         notes += changed_layout(resumed.path, trainer.world_size, config.settings.parallel.tensor_parallel_size)
     say(*plan, *notes)
+    if config.config[DRY_RUN]:
+        check_first_step(trainer, module, datamodule, settings.parallel, shlex.join(config.command[1:]))
+        say("", f"dry run: a run can start so. Nothing was trained, or written to {shown(config.output_dir)}.")
+        return
     start = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)
     if ranks.is_first():

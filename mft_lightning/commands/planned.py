@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from mft_lightning.data.batch_sizes import BatchSizes
+from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
+from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.source import load_config
@@ -125,11 +127,22 @@ class PlannedRun(RunConfig):
             quantization: of the base, where it has none.
             changed: fields of the run's ``ModelSource`` with other values.
         """
-        module, tokenizer = self.model, self.datamodule.tokenizer
-        own = module.lora if module.peft_type is not None else None
-        source = replace(module.source, **changed)
-        tokens, multiple_of, new = len(tokenizer), module.pad_vocab_to_multiple_of, len(self.datamodule.new_tokens)
-        return meta_network(source, adapters or own, quantization or module.quantization, tokens, multiple_of, new)
+        return network_of(self.model, self.datamodule, adapters, quantization, **changed)
+
+
+def network_of(
+    module: MFTModule,
+    datamodule: MFTDataModule,
+    adapters: LoraSettings | None = None,
+    quantization: QLoraSettings | None = None,
+    **changed: Any,
+) -> SupervisedLM:
+    """The same, of a run's module and data module."""
+    own = module.lora if module.peft_type is not None else None
+    source = replace(module.source, **changed)
+    tokens, multiple_of = len(datamodule.tokenizer), module.pad_vocab_to_multiple_of
+    new = len(datamodule.new_tokens)
+    return meta_network(source, adapters or own, quantization or module.quantization, tokens, multiple_of, new)
 
 
 def batched(sizes: BatchSizes, setup: StepSetup) -> StepSetup:

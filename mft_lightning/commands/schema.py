@@ -18,7 +18,7 @@ class Keys(RunConfig):
     """The keys of a run, without one."""
 
     def __init__(self) -> None:
-        super().__init__([], "fit")
+        super().__init__([], "schema")
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
         self.config = Namespace()

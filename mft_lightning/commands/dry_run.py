@@ -1,0 +1,87 @@
+"""``fit --dry_run``: what is still unknown once a run has been set up, up to its first step, of which none is taken."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, cast
+
+import lightning as L
+import numpy as np
+import torch
+
+from mft_lightning.commands.planned import network_of
+from mft_lightning.data.datamodule import MFTDataModule
+from mft_lightning.errors import UserError
+from mft_lightning.model.memory import peak
+from mft_lightning.model.module import MFTModule
+from mft_lightning.model.parallel import ParallelSettings
+from mft_lightning.model.step_setup import Sharing, StepSetup
+from mft_lightning.screen import labelled, say
+
+GIB = 2**30
+LOOKED_AT = 20  # steps of the first epoch, of which the largest micro-batch is taken
+
+
+def check_first_step(
+    trainer: L.Trainer, module: MFTModule, datamodule: MFTDataModule, parallel: ParallelSettings, command: str
+) -> None:
+    """Load the first batch as training would, and say what memory the steps need.
+
+    Args:
+        trainer: of the run, which has not begun.
+        module: with its network.
+        datamodule: set up.
+        parallel: how devices share layers.
+        command: the words after ``fit``, for the advice to use ``estimate``.
+
+    Raises:
+        UserError: the memory of a device is less than a step needs.
+    """
+    next(iter(datamodule.train_dataloader()))
+    try:
+        need = peak(_setup(trainer, module, datamodule, parallel)).total
+    except UserError as error:  # of what it cannot count
+        say(*labelled([("memory", f"not known: {error}")]))
+        return
+    device, there = trainer.strategy.root_device, _memory(trainer)
+    whose = "of each device" if device.type == "cuda" else "of this machine for each process"
+    said = f"{need / GIB:.2f} GiB in a step, and about a tenth more, of the {there / GIB:.1f} GiB {whose}"
+    if need > there:
+        raise UserError(f"memory: {said}. What needs less: python -m mft_lightning estimate {command}")
+    say(*labelled([("memory", said)]))
+
+
+def _setup(trainer: L.Trainer, module: MFTModule, datamodule: MFTDataModule, parallel: ParallelSettings) -> StepSetup:
+    """The largest micro-batch of the first steps, as conversations of one length."""
+    strategy: Any = trainer.strategy
+    name = getattr(strategy, "short_name", None)
+    if trainer.world_size > 1 and name not in ("ddp", "fsdp"):
+        raise UserError(f"what {type(strategy).__name__} needs is not known.")
+    plan = datamodule.plan
+    groups = trainer.world_size // parallel.tensor_parallel_size
+    dealt = [
+        plan.deal_to_all(plan.global_batch(0, step), groups) for step in range(min(LOOKED_AT, plan.steps_per_epoch))
+    ]
+    lengths = [plan.lengths[part] for parts in dealt for part in parts if len(part)]
+    largest = max(lengths, key=lambda part: int(part.sum() if plan.packed else part.max() * len(part)))
+    return StepSetup(
+        network=network_of(module, datamodule),
+        precision=trainer.precision,
+        sharing=cast(Sharing, name if trainer.world_size > 1 else "one device"),
+        devices=trainer.world_size,
+        parallel=parallel,
+        checkpoint_activations=module.checkpoint_activations,
+        conversations=len(largest),
+        length=int(np.ceil(largest.mean()) if plan.packed else largest.max()),
+        packed=plan.packed,
+        micro_batches=max(len(parts) // groups for parts in dealt),
+        device=strategy.root_device.type,
+    )
+
+
+def _memory(trainer: L.Trainer) -> int:
+    """Bytes that a device has, or a process's share of this machine's."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // trainer.num_devices
