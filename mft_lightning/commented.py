@@ -27,11 +27,11 @@ def commented(keys: Mapping[str, Any], schema: Node, documented: Callable[[str],
 def _block(name: str, value: Any, node: Node, documented: Callable[[str], str], group: str) -> str:
     about = _about(node)
     if "properties" not in node:
-        see = "" if group else f" {_see(documented(name))}"
-        return textwrap.indent(_comment(about + see) + as_yaml({name: value}), "  " * group.count("."))
-    inner = "".join(_block(*item, node["properties"][item[0]], documented, f"{group}{name}.") for item in value.items())
+        return textwrap.indent(_comment(about) + as_yaml({name: value}), "  " * group.count("."))
+    parts, within = node["properties"], f"{group}{name}."
+    inner = "".join(_block(part, held, parts[part], documented, within) for part, held in value.items())
     indent = "  " * group.count(".")
-    return textwrap.indent(_comment(f"{about} {_see(documented(group + name))}"), indent) + f"{indent}{name}:\n{inner}"
+    return textwrap.indent(_comment(f"{about} See {documented(group + name)}."), indent) + f"{indent}{name}:\n{inner}"
 
 
 def _about(node: Node) -> str:
@@ -40,9 +40,5 @@ def _about(node: Node) -> str:
     return about if all(choice in about for choice in listed) else f"{about} It takes {allowed(node)}."
 
 
-def _see(page: str) -> str:
-    return f"See {page}."
-
-
 def _comment(text: str) -> str:
-    return "".join(f"# {line}\n" for line in textwrap.wrap(text, WIDTH - 2))
+    return "".join(f"# {line}\n" for line in textwrap.wrap(text, WIDTH - 2, break_on_hyphens=False))

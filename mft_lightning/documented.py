@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+_RUN = "docs/configuration.md#keys-of-the-whole-run"
 _LORA, _NEW_TOKENS = "docs/training.md#lora-and-its-relatives", "docs/training.md#tokens-that-are-new-to-the-model"
 _LOSSES, _RATE, _BATCHES = "docs/training.md#losses", "docs/training.md#learning-rate", "docs/training.md#batches"
 _SPLITS, _MIXING, _VALIDATION = (
@@ -12,7 +13,8 @@ _SPLITS, _MIXING, _VALIDATION = (
 
 # A key or a group of keys -> the page and its section. Of several that fit a key, the longest.
 PAGES = {
-    "": "docs/configuration.md#keys-of-the-whole-run",
+    "": "--help",  # options of one command
+    **dict.fromkeys(("seed_everything", "output_dir", "tensorboard_dir", "ckpt_path"), _RUN),
     "data": "docs/data.md",
     "data.valid_data_paths": _SPLITS,
     "data.data_split": _SPLITS,

@@ -103,10 +103,8 @@ def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: D
             )
     if (match := re.search(_NO_NAMES, message, re.DOTALL)) and (values := _no_text(match["value"])):
         return f"{match['key']}: {misread(values)}"
-    if match := re.search(r'Key "(?P<group>[\w.]+)\.\w+" not found in namespace', message):
-        return f"{match['group']}: holds nothing. Give keys below it, or leave it out."
     if match := re.search(_LINKED, message):
-        return f"{match['key']}: follows {match['by']}. Set it there. See {documented(match['by'].partition(',')[0])}."
+        return f"{match['key']}: {follows(match['by'].split(', '), documented)}"
     message = re.sub(r"Call to compute_fn of link .*? failed: ", "", message, flags=re.DOTALL)
     if refused:
         key, why = refused["key"], refused["why"]
@@ -115,6 +113,11 @@ def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: D
         if "Unable to load config" in why:
             return f"{key}: is a group of keys, {key}.NAME. Give them one by one, or a YAML file of them."
     return re.sub(r'Parser key "([\w.]+)":', r"\1:", message)
+
+
+def follows(others: Sequence[str], documented: Documented) -> str:
+    """What to do instead of setting a key that others decide."""
+    return f"follows {', '.join(others)}. Set it there. See {documented(others[0])}."
 
 
 def _refused(key: str, why: str, node: Node, documented: Documented) -> str:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from jsonargparse import Namespace
+from jsonargparse._link_arguments import ActionLink
 from lightning.pytorch.cli import LightningArgumentParser
 
 from mft_lightning.commented import commented
 from mft_lightning.documented import page
 from mft_lightning.errors import UserError
-from mft_lightning.key_errors import parse, refusal
+from mft_lightning.key_errors import follows, parse, refusal
 from mft_lightning.schema import Node, class_form, keys_of, schema_of, takes
 from mft_lightning.training.strategies import SHORT_NAMES
 from mft_lightning.training.trainer import ELSEWHERE, WEIGHTS_DTYPE
+from mft_lightning.variables import read
 
 DRY_RUN = "dry_run"  # fit's option that is of one start, and no key of the run
 
@@ -36,9 +38,24 @@ class RunParser(LightningArgumentParser):
                 raise UserError(refusal(key, None, node, page))
         return found
 
+    def parse_string(self, content: str, path: Any = "", *given: Any, **options: Any) -> Namespace:
+        """The keys of a file, once they are known to have the right shape.
+
+        Raises:
+            UserError: a group that holds no keys, or a key that others decide, which jsonargparse would overwrite
+                without a word (``_link_arguments.py``, ``apply_parsing_links``).
+        """
+        keys = read(content, str(path))
+        if isinstance(keys, dict):
+            linked = {action.dest: [key for key, _ in action.source] for action in self._actions if _is_link(action)}
+            _check_shape(keys, self.schema(), linked, "")
+        return super().parse_string(content, path, *given, **options)
+
     def schema(self) -> Node:
         """The JSON Schema of a file with keys of a run."""
-        return schema_of(self, _changes())
+        schema = schema_of(self, _changes())
+        schema["properties"]["trainer"]["description"] = "How long to train and on what: keys of Lightning's Trainer"
+        return schema
 
     def dump(self, namespace: Namespace, format: str = "parser_mode", **options: Any) -> str:
         """As ``--print_config`` prints it; in another format without comments.
@@ -50,6 +67,24 @@ class RunParser(LightningArgumentParser):
             return super().dump(namespace, format, **options)
         keys = without_idle(json.loads(super().dump(namespace, "json", **options)))
         return commented({name: keys[name] for name in sorted(keys, key=_place)}, self.schema(), page)
+
+
+def _is_link(action: Any) -> TypeGuard[ActionLink]:
+    return isinstance(action, ActionLink)
+
+
+def _check_shape(keys: dict[str, Any], schema: Node, linked: dict[str, list[str]], group: str) -> None:
+    for name, value in keys.items():
+        key, node = f"{group}{name}", schema["properties"].get(name, {})
+        if key in linked:
+            raise UserError(f"{key}: {follows(linked[key], page)}")
+        if "properties" not in node or isinstance(value, str):  # which names a file
+            continue
+        if value is None:
+            raise UserError(f"{key}: holds nothing. Give keys below it, or leave it out.")
+        if not isinstance(value, dict):
+            raise UserError(f"{key}: is a group of keys, not {value!r}. Give keys below it. See {page(key)}.")
+        _check_shape(value, node, linked, f"{key}.")
 
 
 def without_idle(keys: dict[str, Any]) -> dict[str, Any]:

@@ -81,4 +81,4 @@ def _place(error: yaml.MarkedYAMLError) -> str:
 def _advice(error: yaml.MarkedYAMLError, text: str) -> str:
     """Braces begin a mapping of their own between brackets."""
     line = text.splitlines()[error.problem_mark.line] if error.problem_mark is not None else ""
-    return " Put a value with ${...} in quotes where it stands between [ ]." if "${" in line else ""
+    return " Put a value with ${...} in quotes where it stands between [ ] or { }." if "${" in line else ""

@@ -1,0 +1,156 @@
+"""Configuration as users meet it: files that compose, variables, printed keys, the schema, a run only checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mft_lightning.cli import main
+from tests.integration.conftest import ROOT, checkpoints, everything
+
+Printed = Callable[..., dict[str, dict[str, object]]]
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Printed:
+    """The keys of a run, as ``--print_config`` prints them."""
+
+    def run(*words: str) -> dict[str, dict[str, object]]:
+        with pytest.raises(SystemExit) as end:
+            main(["fit", *words, "--print_config"])
+        assert end.value.code == 0
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return run
+
+
+def test_files_compose_key_by_key_and_the_later_one_counts(printed: Printed, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("data: {data_paths: [a], seq_length: 64}\nmodel: {lora: {r: 8}}\n")
+    (tmp_path / "more.yaml").write_text("data: {seq_length: 128}\ntrainer: {callbacks: null}\n")
+    files = [word for name in ("mine", "more") for word in ("--config", str(tmp_path / f"{name}.yaml"))]
+    keys = printed("--config", "lora.yaml", *files, "--data.data_split", "100,0,0")
+    shipped = yaml.safe_load((ROOT / "configs" / "lora.yaml").read_text())
+    assert keys["data"]["data_paths"] == ["a"]  # lists are replaced
+    assert keys["data"]["seq_length"] == 128 and keys["data"]["data_split"] == "100,0,0"
+    assert keys["model"]["lora"]["r"] == 8  # type: ignore[index]
+    assert keys["model"]["lora"]["alpha"] == shipped["model"]["lora"]["alpha"]  # type: ignore[index]
+    assert keys["model"]["learning_rate"] == shipped["model"]["learning_rate"]
+    before = printed("--data.seq_length", "32", "--config", "lora.yaml", *files)
+    assert before["data"]["seq_length"] == 128  # a file counts from where it stands
+
+
+def test_what_is_printed_is_the_same_run_when_it_is_read(printed: Printed, tmp_path: Path) -> None:
+    own = ("--model.adam_epsilon", "1e-9", "--trainer.callbacks+=LearningRateMonitor")
+    keys = printed("--config", "coba.yaml", *own)
+    assert keys["trainer"]["callbacks"][0]["class_path"].endswith(".LearningRateMonitor")  # type: ignore[index]
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(keys))
+    assert printed("--config", str(tmp_path / "again.yaml")) == keys
+    assert "val_check_interval" not in keys["trainer"] and "dry_run" not in keys
+
+
+def test_a_run_keeps_what_variables_and_paths_stood_for(
+    fit: Callable[..., Path], example_tasks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TASKS", "examples/quickstart")
+    monkeypatch.setenv("STEPS", "1")
+    site = "data:\n  data_paths: ['${TASKS}/text_to_code']\n  cache_dir: ${CACHE:-cache}\n"
+    (tmp_path / "site.yaml").write_text(f"{site}trainer:\n  max_steps: ${{STEPS}}\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache").mkdir()
+    words = ("--config", "site.yaml", "--evaluation.strategy", "none")
+    run = fit(tmp_path / "run", *words)
+    assert checkpoints(run) == ["step-00000001"]
+    keys = yaml.safe_load((run / "config.yaml").read_text())
+    assert keys["data"]["data_paths"] == example_tasks[:1]
+    assert keys["data"]["cache_dir"] == str(tmp_path / "cache") and keys["trainer"]["max_steps"] == 1
+    monkeypatch.chdir("/")
+    monkeypatch.delenv("TASKS")
+    assert main(["validate", "--config", str(run / "config.yaml"), "--data.data_split", "95,5,0"]) == 0
+
+
+@pytest.mark.parametrize("config", sorted(file.name for file in (ROOT / "configs").glob("*.yaml")))
+def test_a_shipped_config_is_checked_and_nothing_is_trained_or_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str
+) -> None:
+    monkeypatch.setattr("lightning.Trainer.fit", _must_not)
+    assert main(["fit", "--config", config, "--output_dir", str(tmp_path / "deep" / "run"), "--dry_run"]) == 0
+    said = capsys.readouterr().out
+    assert "memory  0." in said and "trainable parameters" in said
+    assert said.endswith(f"Nothing was trained, or written to {tmp_path / 'deep' / 'run'}.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _must_not(*given: object) -> None:
+    raise AssertionError("a run began")
+
+
+def test_a_check_of_going_on_reads_the_checkpoint_and_changes_nothing(
+    fit: Callable[..., Path],
+    refused: Callable[..., str],
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = fit(tmp_path / "run", "--trainer.max_steps", "1", "--evaluation.strategy", "none")
+    before = everything(run)
+    again = ("--ckpt_path", "last", "--evaluation.strategy", "none", "--dry_run")
+    assert main(["fit", *fit_arguments(run, *again, "--trainer.max_steps", "2")]) == 0
+    assert "going on from step-00000001" in capsys.readouterr().out
+    assert everything(run) == before
+    assert main(["fit", *fit_arguments(run, *again, "--trainer.max_steps", "1")]) == 0
+    assert "nothing to do" in capsys.readouterr().out and everything(run) == before
+    assert "holds a run already" in refused(run, "--dry_run")
+    (run / "step-00000001" / "model.safetensors").write_bytes(b"")
+    assert "step-00000001" in refused(run, *again)
+
+
+def test_a_check_refuses_what_does_not_fit(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mft_lightning.commands.dry_run._memory", lambda trainer: 1000)
+    message = refused(tmp_path / "run", "--dry_run")
+    assert message.startswith("error: memory: 0.") and "What needs less: python -m mft_lightning estimate" in message
+
+
+def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    length = schema["properties"]["data"]["properties"]["seq_length"]
+    assert length["default"] == 2048 and length["description"] == "most tokens of a conversation. See docs/data.md."
+    assert "required" not in schema and "dry_run" not in schema["properties"]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        (
+            "data:\n  seq_length:\n",
+            "data.seq_length: null is refused; it takes an integer. Leave it out for its default",
+        ),
+        ("trainer: {max_steps: null}", "trainer.max_steps: null is refused; it takes an integer. Leave it out"),
+        ("model: {peft_type: lorra}", "'lorra' is refused; it takes one of lora, qlora, or null. The nearest is lora."),
+        ("evaluation:\nmodel: {init: random}", "evaluation: holds nothing. Give keys below it, or leave it out."),
+        ("data: {seed: 5}", "data.seed: follows seed_everything. Set it there. See docs/configuration.md"),
+        ("model: 5\n", "model: is a group of keys, not 5. Give keys below it. See docs/training.md#models."),
+        (
+            "trainer: {logger: {class_path: CSVLogger, init_args: {save_dirr: x}}}",
+            "trainer.logger: lightning.pytorch.loggers.CSVLogger: Option 'save_dirr' is not accepted. See docs/",
+        ),
+        ("trainer: {logger: {class_path: gone.Logger}}", "trainer.logger: gone.Logger: No module named 'gone'."),
+        ("data: {cache_dir: '${NOT_SET_ANYWHERE}'}", "data.cache_dir (mine.yaml): the environment variable NOT_SET"),
+    ],
+)
+def test_a_wrong_file_is_one_message(refused: Callable[..., str], tmp_path: Path, written: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(written)
+    said = refused(tmp_path / "run", "--config", str(tmp_path / "mine.yaml"))
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_config_that_is_not_there_is_told_with_the_nearest_shipped_one(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    assert "The nearest is quickstart.yaml." in refused(tmp_path / "run", "--config", "quikstart.yaml")
