@@ -150,7 +150,8 @@ class RunConfig(LightningCLI):
             raise UserError("output_dir: is empty. Give a directory.")
         if self.config.output_dir is not None:
             return given_path(self.config.output_dir, "output_dir:").absolute()
-        stems = [Path(str(config)).stem for config in self.config.get("config") or [] if config is not None]
+        given = [Path(str(config)) for config in self.config.get("config") or []]
+        stems = [path.stem for path in given if path.is_file()]  # not a shell's <(...)
         return (Path("checkpoints") / ("+".join(dict.fromkeys(stems)) or "run")).absolute()
 
     @property

@@ -43,6 +43,15 @@ def test_files_compose_key_by_key_and_the_later_one_counts(printed: Printed, tmp
     assert before["data"]["seq_length"] == 128  # a file counts from where it stands
 
 
+def test_a_run_of_several_files_is_named_after_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "site.yaml").write_text("data: {seq_length: 256}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", "--config", "full.yaml", "--config", "site.yaml", "--dry_run"]) == 0
+    assert capsys.readouterr().out.endswith("or written to checkpoints/full+site.\n")
+
+
 def test_what_is_printed_is_the_same_run_when_it_is_read(printed: Printed, tmp_path: Path) -> None:
     own = ("--model.adam_epsilon", "1e-9", "--trainer.callbacks+=LearningRateMonitor")
     keys = printed("--config", "coba.yaml", *own)
