@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from mft_lightning.errors import UserError, misread
-from mft_lightning.schema import Node, allowed, choices, keys_of, schema_of
+from mft_lightning.schema import Node, allowed, choices, keys_of, schema_of, takes
 
 Documented = Callable[[str], str]  # a key -> where it is documented
 
@@ -98,9 +98,8 @@ def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: D
             found = match.groupdict()
             key = f"{found['group']}.{found['key']}" if found.get("group") else found["key"]
             near = _nearest(key, known)
-            return f"{key}: there is no such key." + (
-                f" The nearest is {near}. See {documented(near)}." if near else ""
-            )
+            advice = f" The nearest is {near}. See {documented(near)}." if near is not None else ""
+            return f"{key}: there is no such key.{advice}"
     if (match := re.search(_NO_NAMES, message, re.DOTALL)) and (values := _no_text(match["value"])):
         return f"{match['key']}: {misread(values)}"
     if match := re.search(_LINKED, message):
@@ -122,15 +121,16 @@ def follows(others: Sequence[str], documented: Documented) -> str:
 
 def _refused(key: str, why: str, node: Node, documented: Documented) -> str:
     """What a key takes, in place of all that the parser tried."""
-    see = f"See {documented(key)}."
     value = _given(why)
-    if value is None and "default" not in node:
-        return f"{key}: is missing. Give it in a --config file or on the command line. {see}"
+    if value is None and "null" in takes(node):
+        value = "None"  # which YAML has for text
     return refusal(key, value, node, documented)
 
 
 def refusal(key: str, value: Any, node: Node, documented: Documented) -> str:
     """That a key does not take a value, and what it takes."""
+    if value is None and "default" not in node:
+        return f"{key}: is missing. Give it in a --config file or on the command line. See {documented(key)}."
     shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     taken = f"{key}: {shown if len(shown) <= 80 else f'{shown[:77]}...'} is refused; it takes {allowed(node)}."
     near = difflib.get_close_matches(str(value), map(str, choices(node)), n=1)
@@ -166,10 +166,10 @@ def _reason(written: str) -> str:
 def _no_text(written: str) -> list[object]:
     """Of a value as Python writes it, or of a list of such: what is no text; nothing where that is no single word."""
     try:
-        read = ast.literal_eval(written)
+        found = ast.literal_eval(written)
     except (ValueError, SyntaxError):
         return []
-    values = [value for value in (read if isinstance(read, list) else [read]) if not isinstance(value, str)]
+    values = [value for value in (found if isinstance(found, list) else [found]) if not isinstance(value, str)]
     return values if all(value is None or isinstance(value, bool | int | float) for value in values) else []
 
 

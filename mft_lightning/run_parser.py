@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 from jsonargparse import Namespace
 from jsonargparse._link_arguments import ActionLink
@@ -47,8 +47,8 @@ class RunParser(LightningArgumentParser):
         """
         keys = read(content, str(path))
         if isinstance(keys, dict):
-            linked = {action.dest: [key for key, _ in action.source] for action in self._actions if _is_link(action)}
-            _check_shape(keys, self.schema(), linked, "")
+            links = [action for action in self._actions if isinstance(action, ActionLink)]
+            _check_shape(keys, self.schema(), {link.dest: [key for key, _ in link.source] for link in links}, "")
         return super().parse_string(content, path, *given, **options)
 
     def schema(self) -> Node:
@@ -69,11 +69,8 @@ class RunParser(LightningArgumentParser):
         return commented({name: keys[name] for name in sorted(keys, key=_place)}, self.schema(), page)
 
 
-def _is_link(action: Any) -> TypeGuard[ActionLink]:
-    return isinstance(action, ActionLink)
-
-
 def _check_shape(keys: dict[str, Any], schema: Node, linked: dict[str, list[str]], group: str) -> None:
+    """Groups hold keys, and no key that is ``linked`` to others, by which it is decided."""
     for name, value in keys.items():
         key, node = f"{group}{name}", schema["properties"].get(name, {})
         if key in linked:
@@ -83,7 +80,7 @@ def _check_shape(keys: dict[str, Any], schema: Node, linked: dict[str, list[str]
         if value is None:
             raise UserError(f"{key}: holds nothing. Give keys below it, or leave it out.")
         if not isinstance(value, dict):
-            raise UserError(f"{key}: is a group of keys, not {value!r}. Give keys below it. See {page(key)}.")
+            raise UserError(f"{key}: is a group of keys, not {value!r:.80}. Give keys below it. See {page(key)}.")
         _check_shape(value, node, linked, f"{key}.")
 
 

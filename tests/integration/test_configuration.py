@@ -142,6 +142,8 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         ("trainer: {max_steps: null}", "trainer.max_steps: null is refused; it takes an integer. Leave it out"),
         ("model: {peft_type: lorra}", "'lorra' is refused; it takes one of lora, qlora, or null. The nearest is lora."),
+        ("model: {peft_type: None}", "'None' is refused; it takes one of lora, qlora, or null."),
+        ("model: {pretrained_model_path: null}", "model.pretrained_model_path: is missing. Give it in a --config"),
         ("evaluation:\nmodel: {init: random}", "evaluation: holds nothing. Give keys below it, or leave it out."),
         ("data: {seed: 5}", "data.seed: follows seed_everything. Set it there. See docs/configuration.md"),
         ("model: 5\n", "model: is a group of keys, not 5. Give keys below it. See docs/training.md#models."),
