@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -19,7 +20,6 @@ from mft_lightning.errors import UserError
 from mft_lightning.run_parser import RunParser
 from mft_lightning.schema import Node, allowed, keys_of
 
-jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is of the extra test")
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 VALUES: list[Any] = [True, 5, 2.5, "word", ["word"], [1], [], {"a": 1}, {"a": "x"}, {"a": 2.5}]
