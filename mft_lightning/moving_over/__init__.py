@@ -1,0 +1,1 @@
+"""What brings users of other programs here: the original's launches and configurations, and others' data files."""
