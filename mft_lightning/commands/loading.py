@@ -20,7 +20,7 @@ from mft_lightning.model.base import base_digest, base_state
 from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.export import adapter_dtype
 from mft_lightning.model.quantized import quantized_causal_lm, settings_of
-from mft_lightning.model.saved_adapter import adapter_base, is_adapter, saved_whole
+from mft_lightning.model.saved_adapter import adapter_base, is_adapter, peft_config, saved_whole
 from mft_lightning.model.weight_files import MODEL_SHARDS, open_adapter
 from mft_lightning.model.whole_modules import make_room
 from mft_lightning.paths import given_path
@@ -124,7 +124,9 @@ def _with_adapter(directory: Path, key: str, base: str, where: str, metadata: di
     here = base_digest(base_state(model) if weights is None else weights)  # before it gets rows for embeddings
     try:
         make_room(model, open_adapter(directory))
-        model = PeftModel.from_pretrained(model, str(directory), autocast_adapter_dtype=False)
+        model = PeftModel.from_pretrained(
+            model, str(directory), config=peft_config(directory), autocast_adapter_dtype=False
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{key} {directory}: cannot be put on its base ({first_line(error)}).") from error
     trained_on = described.get("frozen base (digest)")

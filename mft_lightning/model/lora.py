@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mft_lightning.errors import UserError, first_line
+from mft_lightning.model.saved_adapter import peft_config
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.whole_modules import whole_modules
 from mft_lightning.shipped import expanded
@@ -157,7 +158,7 @@ def _continued(settings: LoraSettings, directory: str) -> LoraConfig:
         written = dict(json.loads((expanded(directory) / "adapter_config.json").read_text(encoding="utf-8")))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unexpected keyword arguments")  # which are refused below
-            saved: Any = PeftConfig.from_pretrained(str(expanded(directory)))
+            saved = peft_config(expanded(directory))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{key}: its adapter_config.json cannot be read ({first_line(error)}).") from error
     if not isinstance(saved, LoraConfig):

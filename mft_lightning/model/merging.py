@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from mft_lightning.errors import NotYetError, UserError, first_line
+from mft_lightning.model.saved_adapter import peft_config
 from mft_lightning.model.weight_files import UNREADABLE, open_adapter
 from mft_lightning.model.weights import StoredWeights, Weights, sketch
 from mft_lightning.model.whole_modules import IN_FILES, make_room
@@ -218,10 +219,8 @@ class MergedWeights(Weights):
 
 def _read_config(directory: Path, where: str) -> Any:
     """``adapter_config.json``, of a LoRA adapter."""
-    from peft import PeftConfig  # here for the start-up time of other commands
-
     try:
-        config = PeftConfig.from_pretrained(str(directory))
+        config = peft_config(directory)
     except (*UNREADABLE, TypeError) as error:
         raise UserError(f"{where}: its adapter_config.json cannot be read ({first_line(error)}).") from error
     if (kind := getattr(config.peft_type, "value", config.peft_type)) != "LORA":

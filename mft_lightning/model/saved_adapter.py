@@ -8,9 +8,24 @@ from typing import Any
 
 from mft_lightning.errors import UserError, first_line
 
+TASK_TYPES = {"ANT_CAUSAL_LM": "CAUSAL_LM"}  # a name that the original gave to peft, which does not know it
+
 
 def is_adapter(directory: Path) -> bool:
     return (directory / "adapter_config.json").is_file()
+
+
+def peft_config(directory: Path) -> Any:
+    """The configuration of a saved adapter, as ``PeftConfig.from_pretrained`` reads it, of the original's adapters too.
+
+    Raises:
+        OSError, ValueError, TypeError, LookupError: there is none, or it is damaged.
+    """
+    from peft import PeftConfig  # here for the start-up time of what needs no adapter
+
+    written = dict(PeftConfig.from_json_file(str(directory / "adapter_config.json")))
+    written["task_type"] = TASK_TYPES.get(str(written.get("task_type")), written.get("task_type"))
+    return PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**written))
 
 
 def adapter_base(directory: Path) -> object:
