@@ -77,12 +77,22 @@ def read_blocks(file: Path, size: int = 1 << 18) -> Iterator[Block]:
     Raises:
         UserError: the file cannot be opened, or its compressed data is damaged or cut off.
     """
+    first = 1
+    for raw, position in _whole_lines(read_pieces(file, min(size, MAX_LINE))):
+        yield Block(file, first, raw, position)
+        first += raw.count(b"\n")
+
+
+def read_pieces(file: Path, size: int) -> Iterator[tuple[bytes, int]]:
+    """The whole of ``file``, uncompressed, in pieces of ``size`` bytes, each with the bytes read of the disk by now.
+
+    Raises:
+        UserError: the file cannot be opened, or its compressed data is damaged or cut off.
+    """
     try:
         with file.open("rb") as disk, _decompressed(file, disk) as stream:
-            first = 1
-            for raw in _whole_lines(stream, min(size, MAX_LINE)):
-                yield Block(file, first, raw, disk.tell() if disk.seekable() else 0)
-                first += raw.count(b"\n")
+            while piece := stream.read(size):
+                yield piece, disk.tell() if disk.seekable() else 0
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.strerror:
             raise UserError(f"{file}: cannot be read ({error.strerror}). Give a file that can.") from error
@@ -108,16 +118,16 @@ def _decompressed(file: Path, disk: BufferedReader) -> Iterator[Any]:
         yield disk
 
 
-def _whole_lines(stream: Any, size: int) -> Iterator[bytes]:
-    """Pieces of ``size`` bytes, each completed to whole lines."""
-    rest = b""  # of a line whose end is still to come
-    while piece := stream.read(size):
+def _whole_lines(pieces: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """Pieces of bytes, each completed to whole lines, with the place on the disk."""
+    rest, position = b"", 0  # of a line whose end is still to come
+    for piece, position in pieces:
         start, end = piece.find(b"\n"), piece.rfind(b"\n") + 1
         if end:
             # only the line that `rest` began can be too long: the others lie in one piece
-            yield (rest + piece[:start])[: MAX_LINE + 1] + piece[start:end]
+            yield (rest + piece[:start])[: MAX_LINE + 1] + piece[start:end], position
             rest = piece[end:]
         elif len(rest) <= MAX_LINE:
             rest = (rest + piece)[: MAX_LINE + 1]
     if rest:
-        yield rest
+        yield rest, position

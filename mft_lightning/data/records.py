@@ -19,6 +19,7 @@ ROLE_ALIASES: dict[str, Role] = {
     "bot": "bot",
     "assistant": "bot",
 }
+ELSEWHERE = {"instruction": "Alpaca", "conversations": "ShareGPT"}  # forms of other programs, by a field of theirs
 _SHORT = Repr()  # a value of the record in a message: it may be as long as a line
 _SHORT.maxstring = 60
 _STRANGE = {"\0": "a NUL, as in UTF-16,", "\ufeff": "a BOM (byte order mark)"}  # where JSON would have a value
@@ -69,7 +70,7 @@ def parse_record(raw: bytes) -> Conversation:
     Raises:
         BadRecord: with the reason and the field.
     """
-    record = _parse_json(raw)
+    record = parse_object(raw)
     named = _named_turns(record, answered=True)
     if named is None:
         text = _text(record, "text")
@@ -90,7 +91,7 @@ def parse_question(raw: bytes) -> Question:
     Raises:
         BadRecord: with the reason and the field.
     """
-    record = _parse_json(raw)
+    record = parse_object(raw)
     named = _named_turns(record, answered=False)
     if named is None:
         raise BadRecord("text", "text: is plain text without a turn to answer")
@@ -119,10 +120,17 @@ def _named_turns(record: dict[str, Any], *, answered: bool) -> list[tuple[str, T
         return _checked_order([(field, Turn(role, _text(record, field))) for field, role in fields.items()])
     if "text" in record:
         return None
-    raise BadRecord("no-conversation", "has none of the fields chat_rounds, messages, prompt + answer, text")
+    other = next((name for field, name in ELSEWHERE.items() if field in record), None)
+    hint = f"; it looks like {other}, which convert-data converts" if other else ""
+    raise BadRecord("no-conversation", f"has none of the fields chat_rounds, messages, prompt + answer, text{hint}")
 
 
-def _parse_json(raw: bytes) -> dict[str, Any]:
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """One JSONL line to the object that it is.
+
+    Raises:
+        BadRecord: it is none.
+    """
     if len(raw) > MAX_LINE:
         raise BadRecord("line-too-long", f"is longer than {MAX_LINE >> 20} MiB")
     hint = "; it looks like a JSON array: write one object per line" if raw.startswith(b"[") else ""
