@@ -30,10 +30,14 @@ COMMANDS = {
     "chat": ("mft_lightning.commands.chat:chat", "talk to a checkpoint"),
     "consolidate": ("mft_lightning.commands.consolidate:consolidate", "make one model of a sharded checkpoint"),
     "merge": ("mft_lightning.commands.merge:merge", "make an adapter and its base one model"),
+    "convert-config": (
+        "mft_lightning.commands.convert_config:convert_config",
+        "turn a launch or configuration of the original into YAML",
+    ),
+    "convert-data": ("mft_lightning.commands.convert_data:convert_data", "turn Alpaca and ShareGPT files into a task"),
 }
 RANKED = ("fit", "validate", "test", "predict")  # commands that run on several processes
 ASKING = ("generate", "chat", "predict")  # commands that answer
-NOT_YET = ("convert-config",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,8 +143,6 @@ def _tell(message: str) -> None:
 
 
 def _command(name: str) -> Callable[[list[str]], None]:
-    if name in NOT_YET:
-        raise UserError(f"{name}: this command is not there yet. There are {', '.join(COMMANDS)}.")
     if name not in COMMANDS:
         raise UserError(f"{name}: no such command. There are {', '.join(COMMANDS)}.")
     module, _, function = COMMANDS[name][0].partition(":")

@@ -30,7 +30,7 @@ def printed(script: str, *words: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("words", "code"),
-    [([], 0), (["--help"], 0), (["-h"], 0), (["--version"], 0), (["fitt"], 1), (["convert-config"], 1)],
+    [([], 0), (["--help"], 0), (["-h"], 0), (["--version"], 0), (["fitt"], 1)],
     ids=lambda given: "_".join(given) or "nothing" if isinstance(given, list) else str(given),
 )
 def test_what_needs_no_library_imports_python_s_own_alone(words: list[str], code: int) -> None:

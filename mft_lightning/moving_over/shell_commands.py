@@ -34,7 +34,7 @@ class Script:
     Attributes:
         variables: that it has set.
         commands: that it would start, but for those that set something.
-        exported: what it gives to all that it starts, like ``NAME=value``.
+        exported: the names of variables that it gives to all that it starts; values may be secrets.
         ended: whether it came to an ``exit``.
     """
 
@@ -66,7 +66,7 @@ class Script:
                 if (match := _assignment(word)) is not None:
                     self.assign(match, word)
                     if name[0] == "export":
-                        self.exported.append(as_written(self.variables.joined(word.parts, word.line)))
+                        self.exported.append(match["name"])
             return True
         if name[:1] and name[0] in ("[", "test"):
             return self.test(words, bracket=name[0] == "[")
@@ -90,7 +90,7 @@ class Script:
             return None
         if first == "shift":
             number = int(fields[1][0]) if len(fields) > 1 and fields[1][0].isdecimal() else 1
-            self.variables.positional = self.variables.positional[number:]
+            self.variables.positional = self.variables.all_positional()[number:]
             return True
         if first == "unset":
             for text, _ in fields[1:]:

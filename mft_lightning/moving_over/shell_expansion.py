@@ -59,12 +59,16 @@ class Variables:
         positional: what stands after the script's name on its command line: ``$1`` and on.
         environment: variables that are known from outside; others that the script does not set are open.
         values: what the script has set so far; a list is an array.
+        asked: the numbers of positional values that something has asked for.
+        defaulted: variables that are open but for the default that the script gives them, like ``${NAME:-word}``.
     """
 
     file: str
     positional: Sequence[str]
     environment: Mapping[str, str]
     values: dict[str, str | list[str]] = field(default_factory=dict)
+    asked: set[int] = field(default_factory=set)
+    defaulted: dict[str, str] = field(default_factory=dict)
     _lenient: bool = False
 
     @contextmanager
@@ -130,7 +134,7 @@ class Variables:
         if name == "#" and not part.operator:
             return [str(len(self.positional))]
         if name in ("@", "*") or index[:1] in ("@", "*"):
-            values = list(self.positional) if name in ("@", "*") else self.array(name)
+            values = self.all_positional() if name in ("@", "*") else self.array(name)
             if part.operator == ":":  # from so many on
                 start = int(part.argument) if part.argument.isdecimal() else None
                 if start is None:
@@ -148,6 +152,7 @@ class Variables:
         """A variable's value; None where nothing sets it."""
         if name.isdecimal() and name != "0":
             place = int(name) - 1
+            self.asked.add(place + 1)
             return self.positional[place] if place < len(self.positional) else None
         if name in self.values:
             found = self.values[name]
@@ -155,6 +160,10 @@ class Variables:
                 return found if not index else ""
             return found[index or 0] if (index or 0) < len(found) else ""
         return self.environment.get(name)
+
+    def all_positional(self) -> list[str]:
+        self.asked.update(range(1, len(self.positional) + 1))
+        return list(self.positional)
 
     def array(self, name: str) -> list[str]:
         found = self.values.get(name)
@@ -164,14 +173,19 @@ class Variables:
 
     def operated(self, part: Part, value: str | None, line: int) -> str:
         """A variable's value after what the braces do with it."""
-        name, how = part.text, part.operator
+        name, how = part.text.partition("[")[0], part.operator
         if how in (":-", "-", ":=", "="):
             if value is None or (value == "" and how.startswith(":")):
+                unset = value is None and not name.isdecimal()
                 value = self.joined(scan_quoted(_unquoted(part.argument), self.file, line), line)
+                if unset:
+                    self.defaulted[name] = value
                 if how.endswith("="):
                     self.values[name] = value
             return value
         if how in (":+", "+"):
+            if value is None and not name.isdecimal():
+                self.defaulted[name] = "nothing"
             present = value is not None and (value != "" or how == "+")
             return self.joined(scan_quoted(_unquoted(part.argument), self.file, line), line) if present else ""
         if value is None:

@@ -178,6 +178,8 @@ class _Reader:
                 f"whether {told} depends on what only running the script can tell. Write the launch out as it is "
                 "meant, or give the variables that decide it: --set NAME=VALUE.",
             )
+        before.variables.asked |= self.variables.asked
+        before.variables.defaulted |= self.variables.defaulted
         self.script.variables, self.script.commands = before.variables, before.commands
         self.script.exported, self.script.ended = before.exported, before.ended
 
