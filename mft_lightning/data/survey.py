@@ -34,16 +34,29 @@ class TaskSurvey:
     differing: int
 
     def quantiles(self) -> list[int]:
-        """The median, 90th and 99th percentile and maximum of the lengths: each the length of a conversation."""
-        if not len(self.lengths):
-            return [0] * len(QUANTILES)
-        return [int(q) for q in np.quantile(self.lengths, QUANTILES, method="higher")]
+        return quantiles(self.lengths)
+
+
+def quantiles(lengths: np.ndarray) -> list[int]:
+    """The median, 90th and 99th percentile and maximum: each the length of a conversation."""
+    if not len(lengths):
+        return [0] * len(QUANTILES)
+    return [int(q) for q in np.quantile(lengths, QUANTILES, method="higher")]
+
+
+def lengths_of(corpus: Corpus, task: int) -> np.ndarray:
+    """Tokens of each conversation of a task that could be read, as they are, ``int32 [conversations]``."""
+    return corpus.admission.store.lengths[_readable(corpus, task)]
+
+
+def _readable(corpus: Corpus, task: int) -> np.ndarray:
+    start, end = corpus.first[task], corpus.first[task + 1]
+    return start + np.flatnonzero(corpus.admission.outcome[start:end] != BAD)
 
 
 def survey(corpus: Corpus, task: int, chat_format: ChatFormat) -> TaskSurvey:
     """A survey of a task, given by its place in the corpus."""
-    store, start, end = corpus.admission.store, corpus.first[task], corpus.first[task + 1]
-    readable = start + np.flatnonzero(corpus.admission.outcome[start:end] != BAD)
+    store, readable = corpus.admission.store, _readable(corpus, task)
     compared = readable[:COMPARED]
     differing = 0
     for part in np.array_split(compared, max(1, math.ceil(len(compared) / BATCH))):
