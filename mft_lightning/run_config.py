@@ -159,8 +159,9 @@ class RunConfig(LightningCLI):
         given = self.config.tensorboard_dir
         return given_path(given, "tensorboard_dir:").absolute() if given else self.output_dir / "runs"
 
-    def save(self, file: Path) -> None:
-        """Write all keys of the run as YAML that ``--config`` takes again, from wherever: paths here are spelt out."""
+    @property
+    def keys(self) -> dict[str, Any]:
+        """All keys of the run, nested, as ``--config`` takes them again from wherever: paths here are spelt out."""
         config = self.config.clone()
         config.output_dir, config.ckpt_path, config.checkpoint.allow_changes = str(self.output_dir), None, False
         keys = json.loads(self.parser.dump(config, format="json", skip_unset=False, skip_link_targets=True))
@@ -175,8 +176,12 @@ class RunConfig(LightningCLI):
             (keys, "tensorboard_dir"),
         ):
             group[name] = _spelt_out(group[name])
+        return without_idle(keys)
+
+    def save(self, file: Path) -> None:
+        """Write the keys of the run as YAML."""
         with written_aside(file) as aside:
-            aside.write_text(as_yaml(without_idle(keys)), encoding="utf-8")
+            aside.write_text(as_yaml(self.keys), encoding="utf-8")
 
 
 def _spelt_out(path: str | None) -> str | None:

@@ -7,6 +7,7 @@ import shlex
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 from mft_lightning import ranks
 from mft_lightning.aside import written_aside
 from mft_lightning.commands.dry_run import check_first_step
+from mft_lightning.commands.introducing import introduction
 from mft_lightning.commands.outcome import run_summary, task_results
 from mft_lightning.commands.report import SKIPPED, run_plan
 from mft_lightning.data.datamodule import MFTDataModule
@@ -109,6 +111,7 @@ def _fit(config: RunConfig) -> None:
         seed=cast(int, config.config.seed_everything),
         output_dir=config.output_dir,
         tensorboard_dir=config.tensorboard_dir,
+        introduction=partial(introduction, config),
         total_steps=total_steps,
         resumed_step=resumed.step if resumed else 0,
         extra_callbacks=[stop, WriteConfig(config)],
@@ -233,9 +236,11 @@ def _resumed(config: RunConfig) -> CheckpointInfo | None:
         resumed = resolve_checkpoint(given, output_dir, checkpoint.monitor, checkpoint.mode, to_resume=True)
         if resumed is None:
             print(f"--ckpt_path last: no checkpoint in {output_dir} yet; starting at step 0.", flush=True)
-        if resumed is None or resumed.path.resolve().parent == output_dir.resolve():
+        if resumed is None and _holds_run(output_dir):  # one that was killed before its first checkpoint
+            return None
+        if resumed is not None and resumed.path.resolve().parent == output_dir.resolve():
             return resumed
-        if resumed.path.resolve().parent == (output_dir / SUPERSEDED).resolve():
+        if resumed is not None and resumed.path.resolve().parent == (output_dir / SUPERSEDED).resolve():
             raise UserError(
                 f"--ckpt_path: {shown(resumed.path)} was superseded: the run in {shown(output_dir)} and its curves "
                 "went another way. Go on from it with --output_dir DIR."

@@ -66,8 +66,9 @@ class StepLogging(L.Callback):
 
     Logged are the first step, every ``trainer.log_every_n_steps``-th, each that was skipped, and the last (unless the
     validation after it is what ends the run). A task that is absent from a step leaves a gap, and so does a number that
-    is not finite. Tokens a second count saving, not validating; so does ``train/mfu``, the useful operations a second
-    (``model/flops.py``) as a share of what all devices multiply matrices with, measured when training starts.
+    is not finite. Weights of tasks that nothing moves are a line from the first step to the last. Tokens a second count
+    saving, not validating; so does ``train/mfu``, the useful operations a second (``model/flops.py``) as a share of
+    what all devices multiply matrices with, measured when training starts.
 
     Args:
         every: optimizer steps between two that are logged.
@@ -121,7 +122,7 @@ class StepLogging(L.Callback):
         tokens = dict(zip(names, result.task_supervised.tolist(), strict=True))
         for kind, values in (("loss", nll), ("accuracy", correct)):
             metrics |= {f"train/{kind}/{n}": v / tokens[n] for n, v in zip(names, values, strict=True) if tokens[n]}
-        if module.weighs_tasks:
+        if module.weighs_tasks and (module.balancer.learns or trainer.global_step == 1 or is_run_end(trainer)):
             metrics |= {f"train/weight/{n}": w for n, w in zip(names, module.balancer.weights.tolist(), strict=True)}
         metrics["train/lr"] = result.learning_rate
         metrics["train/grad_norm"] = result.grad_norm

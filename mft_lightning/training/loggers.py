@@ -1,76 +1,16 @@
-"""TensorBoard and CSV logs that one run keeps across resumes, without points that are trained again."""
+"""A CSV log that one run keeps across resumes, without rows that are trained again, and lines on the screen."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mft_lightning.aside import written_aside
-from mft_lightning.errors import UserError
-from mft_lightning.ranks import GO_ON
-from mft_lightning.screen import say, shown
 from mft_lightning.training.progress import Pace
-
-
-class Curves(TensorBoardLogger):
-    """TensorBoard's files straight in one directory, without the points after the step that a run goes on from.
-
-    Args:
-        directory: of the files; begun anew where someone removes it under the run.
-        resumed_step: the optimizer step the run starts from.
-    """
-
-    def __init__(self, directory: Path, resumed_step: int) -> None:
-        super().__init__(
-            save_dir=directory,
-            name="",
-            version="",
-            default_hp_metric=False,
-            purge_step=resumed_step + 1 if resumed_step else 0,
-        )
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if self._experiment is not None and not Path(self.log_dir).is_dir():
-            say(f"note: {shown(Path(self.log_dir))} was removed under the run, and is begun anew.")
-            self._experiment = None
-        with _told(Path(self.log_dir)):
-            super().log_metrics(metrics, step)
-
-    @rank_zero_only
-    def save(self) -> None:
-        with _told(Path(self.log_dir)):
-            super().save()
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        with _told(Path(self.log_dir)):
-            super().finalize(status)
-
-
-@contextmanager
-def _told(directory: Path) -> Iterator[None]:
-    """What the disk refuses to TensorBoard's thread, and Lightning takes for a value that cannot be logged, as it is.
-
-    Raises:
-        UserError: with the directory, the reason, and the way on.
-    """
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(
-            f"{shown(directory)}: the curves cannot be written ({cause.strerror}). Free some space or mend the file "
-            f"system.{GO_ON}"
-        ) from error
 
 
 class PlainLines(Logger):

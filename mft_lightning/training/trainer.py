@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from mft_lightning.training.balancing import Balancing
 from mft_lightning.training.callbacks import EarlyStoppingSettings, EpochCount, RandomBase, StepLogging, StepSeeding
 from mft_lightning.training.checkpoint import CheckpointSettings, HFModelCheckpoint
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
+from mft_lightning.training.curves import Curves
 from mft_lightning.training.evaluation import NEVER, Evaluation, EvaluationSettings
 from mft_lightning.training.exact_match import ExactMatch
 from mft_lightning.training.fsdp1 import FlatShardedStrategy
+from mft_lightning.training.introduction import Introduction
 from mft_lightning.training.layout import find_layout, slurm_task
-from mft_lightning.training.loggers import Curves, MetricsCSV, PlainLines
+from mft_lightning.training.loggers import MetricsCSV, PlainLines
 from mft_lightning.training.progress import Pace, RunBar
 from mft_lightning.training.signals import EndAtOnce
 from mft_lightning.training.skipped_steps import SKIPPED_STEPS, SkippedSteps
@@ -120,6 +122,7 @@ def fit_trainer(
     seed: int,
     output_dir: Path,
     tensorboard_dir: Path,
+    introduction: Callable[[], Introduction],
     resumed_step: int,
     total_steps: int,
     extra_callbacks: list[L.Callback],
@@ -137,7 +140,7 @@ def fit_trainer(
     loggers: Any = keys.get("logger")
     if loggers in (None, True):
         loggers = [
-            Curves(tensorboard_dir, resumed_step),
+            Curves(tensorboard_dir, resumed_step, introduction),
             MetricsCSV(output_dir / "metrics.csv", resumed_step),
         ]
     skipped = SkippedSteps(output_dir / SKIPPED_STEPS)

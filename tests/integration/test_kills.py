@@ -80,7 +80,7 @@ def _one_row(run: Path) -> None:
 
 def _curves(run: Path) -> None:
     """The last event of TensorBoard's file, cut short as a kill would."""
-    (file,) = (run / "runs").glob("events.*")
+    file = max((run / "runs").glob("events.*"), key=lambda file: file.suffix != ".about")
     file.write_bytes(file.read_bytes()[:-20])
 
 
