@@ -56,6 +56,7 @@ PAGES = {
         _LOSSES,
     ),
     "evaluation": _VALIDATION,
+    "evaluation.samples_per_task": "docs/monitoring.md#answers-to-read",
     "early_stopping": _VALIDATION,
     "checkpoint": "docs/checkpoints.md",
     "parallel": "docs/parallel.md#options",

@@ -8,7 +8,8 @@ from mft_lightning.commands.prepared import build_for, named_checkpoint
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import say, shown
-from mft_lightning.training.exact_match import ExactMatch, check_exact_match
+from mft_lightning.training.asking import Asking
+from mft_lightning.training.questions import check_questions
 from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import evaluation_trainer
 
@@ -32,7 +33,7 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
     with ranks.first_before_others("data"):
         datamodule.setup(command)
     datamodule.check_evaluation(split)
-    check_exact_match(config.settings.evaluation, datamodule)
+    check_questions(config.settings.evaluation, datamodule)
     checkpoint_io = build_for(config, checkpoint)
     trainer = evaluation_trainer(config.trainer_config, config.settings, checkpoint_io, config.output_dir)
     run = trainer.validate if command == "validate" else trainer.test
@@ -44,8 +45,8 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
         verbose=False,
     )
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    exact_match = find_callback(trainer, ExactMatch)
-    exact = exact_match.counts if exact_match is not None else None
+    asking = find_callback(trainer, Asking)
+    exact = asking.counts if asking is not None else None
     say(f"{split} split, {shown(checkpoint.path) if checkpoint else 'before training'}")
     say(task_results(datamodule, split, metrics, exact=exact))
     name = f"{'val' if command == 'validate' else 'test'}/loss"

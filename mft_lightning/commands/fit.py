@@ -28,18 +28,19 @@ from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
 from mft_lightning.run_parser import DRY_RUN
 from mft_lightning.screen import duration, json_line, say, shown
+from mft_lightning.training.asking import Asking
 from mft_lightning.training.balancing import check_balancing
 from mft_lightning.training.checkpoint_choice import find_checkpoints, resolve_checkpoint
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo, is_named
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import Evaluation
-from mft_lightning.training.exact_match import ExactMatch, check_exact_match
+from mft_lightning.training.questions import check_questions, samples_per_task
 from mft_lightning.training.retention import SUPERSEDED
 from mft_lightning.training.run_lock import only_run_in
 from mft_lightning.training.same_run import LOST, changed_layout, check_same_run, check_start, set_position
 from mft_lightning.training.signals import GracefulStop
 from mft_lightning.training.stages import find_callback
-from mft_lightning.training.trainer import fit_trainer
+from mft_lightning.training.trainer import fit_trainer, shows_samples
 
 
 class WriteConfig(L.Callback):
@@ -114,6 +115,7 @@ def _fit(config: RunConfig) -> None:
         introduction=partial(introduction, config),
         total_steps=total_steps,
         resumed_step=resumed.step if resumed else 0,
+        samples_per_task=samples_per_task(settings.evaluation, datamodule) if settings.evaluation.enabled else 0,
         extra_callbacks=[stop, WriteConfig(config)],
     )
     if module.compile_layers:
@@ -121,6 +123,8 @@ def _fit(config: RunConfig) -> None:
     plan = run_plan(trainer, module, datamodule, total_steps=total_steps, output_dir=config.output_dir, resumed=resumed)
     if resumed is not None:
         notes += changed_layout(resumed.path, trainer.world_size, config.settings.parallel.tensor_parallel_size)
+    if settings.evaluation.samples_per_task and not shows_samples(keys):
+        notes.append("note: evaluation.samples_per_task: no logger of trainer.logger shows samples; none are asked.")
     say(*plan, *notes)
     if config.config[DRY_RUN]:
         check_first_step(trainer, module, datamodule, settings.parallel, shlex.join(config.command[1:]))
@@ -183,9 +187,9 @@ def _tell_outcome(config: RunConfig, trainer: L.Trainer, total_steps: int, secon
         go_on.append("--trainer.max_time null")
     keys = config.trainer_config
     go_on += _twice_as_long(keys, step, datamodule.plan.steps_per_epoch) if step >= total_steps else []
-    evaluation, exact_match = find_callback(trainer, Evaluation), find_callback(trainer, ExactMatch)
+    evaluation, asking = find_callback(trainer, Evaluation), find_callback(trainer, Asking)
     if evaluation is not None and (metrics := _validated(config, evaluation, step)):
-        exact = exact_match.counts if exact_match is not None else None
+        exact = asking.counts if asking is not None else None
         results = task_results(datamodule, "valid", metrics, before=evaluation.before, exact=exact)
         say("", f"validation at step {step:,}", results)
     say("", *run_summary(config.output_dir, config.tensorboard_dir, config.settings.checkpoint, " ".join(go_on)))
@@ -212,10 +216,11 @@ def _check_evaluation(config: RunConfig, datamodule: MFTDataModule) -> None:
     """What validation is asked for must be possible."""
     settings = config.settings
     monitor = settings.checkpoint.monitor
-    check_exact_match(settings.evaluation, datamodule)
+    check_questions(settings.evaluation, datamodule)
     if not settings.evaluation.enabled:
-        if settings.evaluation.exact_match_per_task is not None:
-            raise UserError("evaluation.exact_match_per_task: needs validations, but evaluation.strategy is none.")
+        for key in ("exact_match_per_task", "samples_per_task"):
+            if getattr(settings.evaluation, key):
+                raise UserError(f"evaluation.{key}: needs validations, but evaluation.strategy is none.")
         if settings.early_stopping.patience != -1 or monitor != "val/loss":
             key = "checkpoint.monitor" if monitor != "val/loss" else "early_stopping.patience"
             raise UserError(f"{key}: needs validations, but evaluation.strategy is none.")

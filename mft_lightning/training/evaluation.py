@@ -26,6 +26,8 @@ class EvaluationSettings:
         exclude_tasks: names of tasks that are trained on but not validated.
         exact_match_per_task: at the end, answer the prompts of so many held-out conversations of each task greedily,
             and count the answers that are the reference to the letter. Default: none.
+        samples_per_task: at every validation, answer the prompts of so many held-out conversations of each task for
+            TensorBoard's page of texts; 0 none. Default: 1, and none of more than 20 tasks.
     """
 
     strategy: Literal["steps", "epoch", "steps,epoch", "epoch,steps", "none"] = "steps"
@@ -34,12 +36,15 @@ class EvaluationSettings:
     max_conversations_per_task: int | None = None
     exclude_tasks: list[str] = field(default_factory=list)
     exact_match_per_task: int | None = None
+    samples_per_task: int | None = None
 
     def __post_init__(self) -> None:
         for key in ("steps", "max_conversations_per_task", "exact_match_per_task"):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UserError(f"evaluation.{key}: {value} is less than 1.")
+        if self.samples_per_task is not None and self.samples_per_task < 0:
+            raise UserError(f"evaluation.samples_per_task: {self.samples_per_task} is less than 0.")
 
     @property
     def enabled(self) -> bool:

@@ -133,7 +133,8 @@ class RunBar(ProgressBar):
         return self._progress.add_task(description, total=total, completed=completed, said="")
 
     def start_part(self, description: str, batches: Sequence[float] | float) -> None:
-        """A bar for something within the run."""
+        """A bar for something within the run, in place of the one before."""
+        self.end_part()
         total = sum(batches) if isinstance(batches, Sequence) else batches
         self._part = self._add(description, total if math.isfinite(total) else None)
 

@@ -17,13 +17,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mft_lightning.errors import UserError
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.screen import console
+from mft_lightning.training.asking import Asking
 from mft_lightning.training.balancing import Balancing
 from mft_lightning.training.callbacks import EarlyStoppingSettings, EpochCount, RandomBase, StepLogging, StepSeeding
 from mft_lightning.training.checkpoint import CheckpointSettings, HFModelCheckpoint
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.curves import Curves
 from mft_lightning.training.evaluation import NEVER, Evaluation, EvaluationSettings
-from mft_lightning.training.exact_match import ExactMatch
 from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.introduction import Introduction
 from mft_lightning.training.layout import find_layout, slurm_task
@@ -62,6 +62,7 @@ ELSEWHERE: dict[str, tuple[Any, str]] = {
     "min_epochs": (None, "early_stopping.patience"),
     "barebones": (False, "trainer.logger"),
 }
+OWN_LOGGERS = (None, True)  # values of trainer.logger that mean TensorBoard and metrics.csv
 
 
 @dataclass(kw_only=True)
@@ -125,6 +126,7 @@ def fit_trainer(
     introduction: Callable[[], Introduction],
     resumed_step: int,
     total_steps: int,
+    samples_per_task: int,
     extra_callbacks: list[L.Callback],
 ) -> L.Trainer:
     """The Trainer that trains.
@@ -138,7 +140,7 @@ def fit_trainer(
     callbacks += [timer] if timer is not None else []
     callbacks += [*_listed(keys.get("callbacks")), *extra_callbacks]
     loggers: Any = keys.get("logger")
-    if loggers in (None, True):
+    if loggers in OWN_LOGGERS:
         loggers = [
             Curves(tensorboard_dir, resumed_step, introduction),
             MetricsCSV(output_dir / "metrics.csv", resumed_step),
@@ -152,7 +154,7 @@ def fit_trainer(
         callbacks.append(settings.early_stopping.callback(settings.checkpoint))
     if evaluation is not None:
         callbacks.append(evaluation)
-    callbacks += _exact_match(settings)
+    callbacks += _asking(settings, samples_per_task if shows_samples(keys) else 0)
     callbacks.append(HFModelCheckpoint(settings.checkpoint, output_dir, evaluation, checkpoint_io))
     bar, pace = _shows_bar(keys), Pace(total_steps, timer)
     callbacks += [RunBar(total_steps, pace)] if bar and not _own_bar(keys) else []
@@ -184,7 +186,7 @@ def evaluation_trainer(
 ) -> L.Trainer:
     """The Trainer of ``validate``, ``test`` and ``predict``: by itself it writes nothing."""
     bar = _shows_bar(keys)
-    callbacks = [EndAtOnce(), *_listed(keys.get("callbacks")), *_exact_match(settings), *extra_callbacks]
+    callbacks = [EndAtOnce(), *_listed(keys.get("callbacks")), *_asking(settings, 0), *extra_callbacks]
     callbacks += [RunBar()] if bar and not _own_bar(keys) else []
     return _trainer(
         {
@@ -200,9 +202,14 @@ def evaluation_trainer(
     )
 
 
-def _exact_match(settings: RunSettings) -> list[L.Callback]:
-    per_task = settings.evaluation.exact_match_per_task
-    return [ExactMatch(per_task)] if per_task is not None else []
+def shows_samples(keys: dict[str, Any]) -> bool:
+    """Whether there is somebody to answer prompts in training, and a logger to show it."""
+    return keys.get("logger") in OWN_LOGGERS and not isinstance(keys["strategy"], FlatShardedStrategy)
+
+
+def _asking(settings: RunSettings, samples_per_task: int) -> list[L.Callback]:
+    exact_per_task = settings.evaluation.exact_match_per_task or 0
+    return [Asking(exact_per_task, samples_per_task)] if exact_per_task or samples_per_task else []
 
 
 def _shows_bar(keys: dict[str, Any]) -> bool:
@@ -250,10 +257,9 @@ def placed(keys: dict[str, Any], settings: RunSettings, *, undivided: str | None
         command=settings.command,
     )
     keys = {**keys, "devices": layout.devices, "num_nodes": layout.nodes, "strategy": strategy}
-    if isinstance(strategy, FlatShardedStrategy) and settings.evaluation.exact_match_per_task is not None:
-        raise UserError(
-            "evaluation.exact_match_per_task: FSDPStrategy cannot answer prompts. Use trainer.strategy: fsdp."
-        )
+    for key in ("exact_match_per_task", "samples_per_task"):
+        if isinstance(strategy, FlatShardedStrategy) and getattr(settings.evaluation, key):
+            raise UserError(f"evaluation.{key}: FSDPStrategy cannot answer prompts. Use trainer.strategy: fsdp.")
     if settings.checkpoint.sharded and not isinstance(strategy, ShardedStrategy):
         raise UserError("checkpoint.sharded: is for trainer.strategy: fsdp, which does not run here. Leave it out.")
     if isinstance(strategy, ShardedStrategy):

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from mft_lightning.data.datamodule import MFTDataModule
-from mft_lightning.training.exact_match import held_answers
+from mft_lightning.training.questions import questions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,7 +28,7 @@ def test_held_out_prompts_share_no_prompt_with_training() -> None:
     config = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     datamodule = MFTDataModule(**config["data"], tokenizer_path="examples/model", seed=config["seed_everything"])
     prompts = {
-        split: [(held.task, tuple(held.prompt)) for held in held_answers(datamodule, split, per_task=1000)]
+        split: [(asked.held.task, tuple(asked.held.prompt)) for asked in questions(datamodule, split, 1000, 0)]
         for split in ("train", "valid")
     }
     assert not set(prompts["train"]) & set(prompts["valid"])

@@ -74,6 +74,7 @@ def fit_arguments(tiny_model: Path, example_tasks: list[str]) -> Callable[..., l
             "--trainer.log_every_n_steps": "1",
             "--evaluation.steps": "4",
             "--evaluation.max_conversations_per_task": "6",
+            "--evaluation.samples_per_task": "0",
             "--checkpoint.checkpointing_steps": "4",
         }
         if config in ("lora.yaml", "qlora.yaml"):

@@ -95,6 +95,7 @@ def fit_words(case: Case, directory: Path, output_dir: Path) -> list[str]:
         "--trainer.max_steps": str(STEPS),
         "--trainer.log_every_n_steps": "1",
         "--evaluation.steps": "4",
+        "--evaluation.samples_per_task": "0",
         "--checkpoint.checkpointing_steps": "3",
         "--checkpoint.save_total_limit": "2",
     }

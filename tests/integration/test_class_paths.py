@@ -144,6 +144,7 @@ def test_what_cannot_run_is_refused(
         (("--trainer.devices", "1"), "FSDPStrategy has one device to share out over. Use auto"),
         (("--trainer.precision", "64-true"), "trainer.precision: FSDPStrategy has no 64-true"),
         (("--evaluation.exact_match_per_task", "2"), "evaluation.exact_match_per_task: FSDPStrategy cannot answer"),
+        (("--evaluation.samples_per_task", "2"), "evaluation.samples_per_task: FSDPStrategy cannot answer"),
         (("--trainer.strategy.state_dict_type", "sharded"), "state_dict_type: sharded is no Hugging Face directory"),
         (("--trainer.strategy.dict_kwargs", "{use_orig_params: false}"), "use_orig_params: false leaves no matrices"),
     ],

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mft_lightning.cli import main
 from mft_lightning.commands.answered import write_answers
 from mft_lightning.model.generation import Answer
-from mft_lightning.training.exact_match import ExactMatch
+from mft_lightning.training.asking import Asking
 from tests.integration import preloaded
 from tests.integration.conftest import user_environment
 from tests.integration.layouts import in_series
@@ -292,7 +292,7 @@ def test_what_cannot_be_predicted_is_refused_and_named(
 def test_the_test_split_is_asked_where_there_is_one_and_the_callback_of_validations_is_not(
     arguments: Arguments, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ExactMatch, "_measure", None)
+    monkeypatch.setattr(Asking, "_ask", None)
     words = arguments(tmp_path / "x", "--data.data_split", "90,5,5", "--limit", "1", "--max_new_tokens", "1")
     words += ["--evaluation.exact_match_per_task", "2"]
     del words[words.index("--output") : words.index("--output") + 2]

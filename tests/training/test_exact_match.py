@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from mft_lightning.cli import main
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.held_out import Held
-from mft_lightning.training.exact_match import held_answers
+from mft_lightning.training.questions import questions
 from tests.conftest import ROOT
 
 Turns = list[tuple[str, str]]
@@ -119,6 +119,7 @@ def arguments(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
             "--evaluation.steps": "1000",
             "--evaluation.at_start": "false",
             "--evaluation.exact_match_per_task": "50",
+            "--evaluation.samples_per_task": "0",
             "--checkpoint.checkpointing_steps": "1000",
         }
         return [*(word for pair in keys.items() for word in pair), *words]
@@ -153,6 +154,10 @@ def module(tmp_path: Path, tasks: dict[str, list[Turns]], **keys: Any) -> MFTDat
     )
 
 
+def asked(data: MFTDataModule, per_task: int) -> list[Held]:
+    return [question.held for question in questions(data, "valid", per_task, 0)]
+
+
 def multiset(held: list[Held]) -> Counter[tuple[int, tuple[int, ...], tuple[int, ...]]]:
     return Counter((h.task, tuple(h.prompt), tuple(h.reference)) for h in held)
 
@@ -166,14 +171,14 @@ def test_every_answer_is_asked_after_its_true_history(tmp_path: Path) -> None:
         for turns in conversations
         for history, answer in answers(data.tokenizer, turns)
     ]
-    assert multiset(list(held_answers(data, "valid", 50))) == multiset(expected)
+    assert multiset(asked(data, 50)) == multiset(expected)
     assert len(expected) == 11 + 7
 
 
 def test_so_many_conversations_of_each_task_with_all_their_answers(tmp_path: Path) -> None:
     tasks = held_out()
     data = module(tmp_path, tasks)
-    held = list(held_answers(data, "valid", 2))
+    held = asked(data, 2)
     whole = [
         Counter((number, tuple(history), tuple(answer)) for history, answer in answers(data.tokenizer, turns))
         for number, conversations in enumerate(tasks.values())
@@ -183,7 +188,7 @@ def test_so_many_conversations_of_each_task_with_all_their_answers(tmp_path: Pat
     assert sum(kept, Counter()) >= multiset(held)
     assert {h.task for h in held} == {0, 1}
     assert sum(h.prompt.count(data.tokenizer.eos_token_id) == 0 for h in held) == 4  # the first of each
-    assert multiset(list(held_answers(data, "valid", 2))) == multiset(held)
+    assert multiset(asked(data, 2)) == multiset(held)
 
 
 def test_a_truncated_answer_is_left_out_and_those_before_it_are_not(tmp_path: Path) -> None:
@@ -202,7 +207,7 @@ def test_a_truncated_answer_is_left_out_and_those_before_it_are_not(tmp_path: Pa
         data = module(tmp_path, {"sums": [turns]}, seq_length=seq_length, on_overlong="truncate")
         data.setup()
         assert data.table("valid").lengths.sum() in (seq_length, 0)
-        found = [(h.prompt, h.reference) for h in held_answers(data, "valid", 1)]
+        found = [(h.prompt, h.reference) for h in asked(data, 1)]
         assert found == pairs[:left], seq_length
 
 
@@ -293,6 +298,7 @@ def test_asking_changes_nothing_of_the_run(run: Path, arguments: Callable[..., l
         (("--evaluation.exact_match_per_task", "0"), "evaluation.exact_match_per_task: 0 is less than 1"),
         (("--evaluation.exact_match_per_task", "-2"), "evaluation.exact_match_per_task: -2 is less than 1"),
         (("--evaluation.exact_match_per_task", "some"), "evaluation.exact_match_per_task"),
+        (("--evaluation.samples_per_task", "-1"), "evaluation.samples_per_task: -1 is less than 0"),
     ],
     ids=str,
 )
