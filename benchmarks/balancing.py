@@ -34,7 +34,8 @@ def run(mode: str, seed: int, steps: int, directory: Path) -> Curves:
     words = [sys.executable, "-m", "mft_lightning", "fit", "--config", "configs/quickstart.yaml"]
     words += [f"--output_dir={output}", f"--seed_everything={seed}", f"--trainer.max_steps={steps}"]
     words += [f"--model.weighted_loss_mode={mode}", *MODES[mode], "--evaluation.steps=10"]
-    words += ["--evaluation.exact_match_per_task=null", "--checkpoint.save_total_limit=1"]
+    words += ["--evaluation.exact_match_per_task=null", "--evaluation.samples_per_task=0"]
+    words += ["--checkpoint.save_total_limit=1"]
     subprocess.run(words, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     with (output / "metrics.csv").open(newline="") as handle:
         rows = [row for row in csv.DictReader(handle) if row["val/loss"]]
