@@ -17,7 +17,7 @@ from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.paths import given_path
 from mft_lightning.run_parser import RunParser, without_idle
-from mft_lightning.shipped import ROOT, expanded, shipped_config, shipped_example
+from mft_lightning.shipped import CONFIGS, ROOT, expanded, shipped_config, shipped_example
 from mft_lightning.training.callbacks import EarlyStoppingSettings
 from mft_lightning.training.checkpoint import CheckpointSettings
 from mft_lightning.training.evaluation import EvaluationSettings
@@ -219,7 +219,7 @@ def _found_config(name: str) -> str:
     found = shipped_config(name)
     path = Path(found)
     if path.name == found and path.suffix in (".yaml", ".yml") and not path.exists():
-        shipped = sorted(file.name for file in (ROOT / "configs").glob("*.yaml"))
+        shipped = sorted(file.name for file in (ROOT / CONFIGS).glob("*.yaml"))
         near = difflib.get_close_matches(name, shipped, n=1)
         raise UserError(
             f"--config {name}: there is no such file here, nor among the shipped ones: {', '.join(shipped)}."

@@ -3,7 +3,9 @@
 import os.path
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+CONFIGS, EXAMPLES = "configs", "examples"
+_PACKAGE = Path(__file__).resolve().parent
+ROOT = _PACKAGE if (_PACKAGE / CONFIGS).is_dir() else _PACKAGE.parent  # a wheel has them inside of the package
 
 
 def expanded(path: str) -> Path:
@@ -12,11 +14,11 @@ def expanded(path: str) -> Path:
 
 
 def shipped_config(name: str) -> str:
-    """A bare config name that is not here (``lora.yaml``) is looked up among the shipped ``configs/``."""
+    """A bare name (``lora.yaml``) or a path below ``configs/`` that is not here is looked up in the shipped ones."""
     path = Path(name)
-    if path.exists() or path.name != name:
+    if path.exists() or path.parts not in ((path.name,), (CONFIGS, path.name)):
         return name
-    candidate = ROOT / "configs" / name
+    candidate = ROOT / CONFIGS / path.name
     return str(candidate) if candidate.is_file() else name
 
 
@@ -25,7 +27,7 @@ def shipped_example(path: str) -> str:
     if path.startswith("~"):
         return str(expanded(path))
     exists = os.path.exists(path)  # noqa: PTH110  # Path.exists raises where a name is too long
-    if exists or Path(path).parts[:1] != ("examples",):
+    if exists or Path(path).parts[:1] != (EXAMPLES,):
         return path
     candidate = ROOT / path
     return str(candidate) if candidate.exists() else path
