@@ -6,6 +6,7 @@ import gc
 import importlib
 import io
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from mft_lightning.out_of_memory import advice, answering_advice, is_lost_worker
 
 # name -> (module:function, what it does); a command is imported only when it is called
 COMMANDS = {
+    "init": ("mft_lightning.commands.init:init", "write a project to start from"),
     "fit": ("mft_lightning.commands.fit:fit", "train on task directories"),
     "validate": ("mft_lightning.commands.evaluate:validate", "measure a checkpoint on the validation split"),
     "test": ("mft_lightning.commands.evaluate:test", "measure a checkpoint on the test split"),
@@ -74,7 +76,7 @@ def _run(arguments: list[str], verbose: bool) -> int:
             print(_usage())
             return 0
         if arguments[0] == "--version":
-            print(__version__)
+            print(_versions())
             return 0
         if arguments[0] in RANKED:
             ranks.join()
@@ -163,6 +165,19 @@ def _imported(module: str) -> ModuleType:
     finally:
         gc.freeze()  # nor do later ones look through them
         gc.enable()
+
+
+def _versions() -> str:
+    """This program's version, Python's, and those of what it trains with, none of which is imported for that."""
+    from importlib.metadata import PackageNotFoundError, version  # which no other command needs
+
+    lines = [f"mft_lightning {__version__}", f"python {platform.python_version()}"]
+    for package in ("torch", "lightning", "transformers", "peft"):
+        try:
+            lines.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"{package} is not installed")
+    return "\n".join(lines)
 
 
 def _usage() -> str:
