@@ -88,8 +88,8 @@ def _fit(config: RunConfig) -> None:
     with ranks.first_before_others("data"):
         datamodule.setup("fit")
     _check_evaluation(config, datamodule)
-    check_balancing(module, datamodule)
     module.build(datamodule, random_base=str(config.output_dir / "base"), sketched=config.sharded)
+    check_balancing(module, datamodule)
     checkpoint_io = HFCheckpointIO(module)
     notes = (
         _load(checkpoint_io, resumed.path, config)

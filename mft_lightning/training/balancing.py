@@ -14,36 +14,29 @@ from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import summed_over_data
-from mft_lightning.weighting.coba import CobaSettings
 
 
 def check_balancing(module: MFTModule, datamodule: MFTDataModule) -> None:
-    """Raise where a balancer has nothing to look at.
+    """Raise where the module's balancer has nothing to look at.
 
     Raises:
         UserError: naming the tasks without a conversation to validate on.
     """
-    if module.weighted_loss_mode != "coba":
+    if not module.balancer.validates:
         return
     counts = np.bincount(datamodule.table("valid").tasks, minlength=len(datamodule.tasks))
     if missing := [name for name, count in zip(datamodule.task_names, counts, strict=True) if not count]:
         raise UserError(
-            f"model.weighted_loss_mode: coba looks at validation losses, but there is no conversation to validate "
+            f"model.weighted_loss_mode: {module.balancer.name} looks at validation losses, but there is no conversation to validate "
             f"{', '.join(missing)} on. Give data.data_split a larger share or data.valid_data_paths a directory "
             "of it, or use case3 or famo."
         )
 
 
 class Balancing(L.Callback):
-    """Moves the tasks' weights at the end of each step that was not skipped: after it is logged, before it is saved.
+    """Moves the tasks' weights at the end of each step that was not skipped: after it is logged, before it is saved."""
 
-    Args:
-        settings: of the validation batches.
-    """
-
-    def __init__(self, settings: CobaSettings) -> None:
-        self.settings = settings
-        self._cycle: TaskCycle | None = None
+    _cycle: TaskCycle | None = None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         module, step = cast(MFTModule, pl_module), trainer.global_step
@@ -52,11 +45,8 @@ class Balancing(L.Callback):
         if result.skipped or not balancer.learns:
             return
         train = _over_ranks(trainer, result.nll) / result.task_supervised.cpu()
-        count = balancer.batches_due(step)
-        valid = None
-        if count:
-            first = (step // self.settings.update_interval - 1) * count
-            valid = self._validate(trainer, module, range(first, first + count))
+        numbers = balancer.batches_due(step)
+        valid = self._validate(trainer, module, numbers) if numbers else None
         balancer.after_step(step, train, valid)
 
     def _validate(self, trainer: L.Trainer, module: MFTModule, numbers: range) -> Tensor:
@@ -65,7 +55,7 @@ class Balancing(L.Callback):
         assert network is not None
         table, tasks = datamodule.table("valid"), len(datamodule.tasks)
         if self._cycle is None:
-            self._cycle = TaskCycle(table.tasks, tasks, self.settings.conversations_per_task, datamodule.seed)
+            self._cycle = TaskCycle(table.tasks, tasks, module.balancer.conversations_per_task, datamodule.seed)
         chosen = np.concatenate([self._cycle.batch(number) for number in numbers])
         steps = datamodule.evaluation_steps("valid", chosen)
         nll = torch.zeros(tasks, dtype=torch.float64, device=module.device)

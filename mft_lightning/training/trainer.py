@@ -147,7 +147,7 @@ def fit_trainer(
         ]
     skipped = SkippedSteps(output_dir / SKIPPED_STEPS)
     callbacks += [StepLogging(keys["log_every_n_steps"], skipped, measures_peak=bool(loggers)), skipped]
-    callbacks.append(Balancing(checkpoint_io.module.coba))
+    callbacks.append(Balancing())
     if checkpoint_io.module.source.init == "random":
         callbacks.append(RandomBase(output_dir / "base", resumed=resumed_step > 0))
     if settings.early_stopping.patience != -1:

@@ -22,19 +22,26 @@ class Balancer(ABC):
 
     Attributes:
         weights: of the next step, of mean 1, ``float64 [K]``.
-        name: of the way of balancing, which a checkpoint goes on with.
+        name: of the way of balancing, which a checkpoint goes on with; the class's path where it is left empty.
         learns: whether the weights move.
+        validates: whether it looks at validation losses, so that every task needs held-out conversations.
+        conversations_per_task: of each task in a validation batch, over all devices.
     """
 
-    name: str
+    name = ""
     learns = True
+    validates = False
+    conversations_per_task = 4
 
     def __init__(self, tasks: int) -> None:
         self.weights = torch.ones(tasks, dtype=torch.float64)
 
-    def batches_due(self, step: int) -> int:
-        """How many validation batches it wants to see after an optimizer step (from 1)."""
-        return 0
+    def batches_due(self, step: int) -> range:
+        """The validation batches it wants to see after an optimizer step (from 1), by their numbers (from 0).
+
+        Batches have an order that gives each held-out conversation its turn, without an end.
+        """
+        return range(0)
 
     @abstractmethod
     def after_step(self, step: int, train: Tensor, valid: Tensor | None = None) -> None:

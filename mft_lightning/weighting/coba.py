@@ -62,17 +62,21 @@ class Coba(Balancer):
     """
 
     name = "coba"
+    validates = True
 
     def __init__(self, tasks: int, settings: CobaSettings) -> None:
         super().__init__(tasks)
         self.settings = settings
+        self.conversations_per_task = settings.conversations_per_task
         nothing = torch.empty(tasks, 0, dtype=torch.float64)
         self.first = nothing
         self.losses, self.slopes = nothing, nothing  # ``[K, at most history_length]``, the latest last
         self.steepest = nothing[0]  # the largest slope of any task, of every update since the warm-up, ``[updates]``
 
-    def batches_due(self, step: int) -> int:
-        return self.settings.sample_valid_num if step % self.settings.update_interval == 0 else 0
+    def batches_due(self, step: int) -> range:
+        updates, rest = divmod(step, self.settings.update_interval)
+        count = self.settings.sample_valid_num
+        return range(0) if rest else range((updates - 1) * count, updates * count)
 
     def after_step(self, step: int, train: Tensor, valid: Tensor | None = None) -> None:
         if valid is None or not valid.isfinite().all():
