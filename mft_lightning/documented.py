@@ -66,6 +66,8 @@ PAGES = {
     "trainer.devices": "docs/parallel.md",
     "trainer.num_nodes": "docs/parallel.md",
     "trainer.gradient_clip_val": _RATE,
+    "trainer.callbacks": "docs/own_classes.md#callbacks",
+    "trainer.logger": "docs/own_classes.md#loggers",
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from mft_lightning.class_errors import class_error
 from mft_lightning.errors import UserError, misread
 from mft_lightning.schema import Node, allowed, choices, keys_of, schema_of, takes
 
@@ -91,8 +92,8 @@ def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: D
         missing; a value that a key does not take, with what it takes; anything else without internals.
     """
     refused = _REFUSED.search(message)
-    if refused and refused["key"] in nodes and (reasons := _reasons(refused["why"])):
-        return f"{refused['key']}: {reasons} See {documented(refused['key'])}."
+    if refused and (said := class_error(refused["key"], refused["why"])) is not None:
+        return f"{said} See {documented(refused['key'])}."
     for pattern in _UNKNOWN:
         if match := re.search(pattern, message):
             found = match.groupdict()
@@ -148,19 +149,6 @@ def _given(why: str) -> Any:
         return ast.literal_eval(written)
     except (ValueError, SyntaxError):
         return written
-
-
-def _reasons(why: str) -> str:
-    """Why a class cannot be made of its path and arguments; nothing where the value names none."""
-    found = re.findall(r"Problem with given class_path '([\w.]+)':\n(.*?)(?=\n *- |\n *Given value|$)", why, re.DOTALL)
-    return " ".join(f"{path}: {_reason(written)}." for path, written in dict(found).items())
-
-
-def _reason(written: str) -> str:
-    """One reason, on one line."""
-    if match := _REFUSED.search(written):
-        return f"the value of {match['key']} is of no kind that it takes"
-    return " ".join(written.split()).rstrip(".")
 
 
 def _no_text(written: str) -> list[object]:

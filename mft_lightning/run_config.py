@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from mft_lightning.aside import written_aside
 from mft_lightning.data.datamodule import MFTDataModule
@@ -133,7 +134,12 @@ class RunConfig(LightningCLI):
         """The Trainer keys with the devices and the strategy of this run in place of what was asked for."""
         if self.model.optim.kind == "paged_adamw":
             check_pages(keys["accelerator"])
-        return placed(keys, self.settings, undivided=self.model.undivided)
+        keys = placed(keys, self.settings, undivided=self.model.undivided)
+        if self.model.optim.is_own and isinstance(keys["strategy"], DeepSpeedStrategy):
+            raise UserError(
+                "model.optimizer: a class of your own does not run under DeepSpeedStrategy. Use ddp or fsdp."
+            )
+        return keys
 
     @staticmethod
     def trainer_keys(config: Any) -> dict[str, Any]:

@@ -30,10 +30,16 @@ class _OpenClasses(ParserJsonschema):
     def class_ref(self, class_type: Any, action: Any, subclass: bool) -> Node:
         name = class_type.__name__
         self.defs[name] = {
-            "description": f"A {name}: the path of its class, or that with the arguments that it is made with.",
+            "description": f"{_a(name)} by the path of its class, or by that with the arguments that it is made with.",
             "anyOf": [{"type": "string"}, class_form(name)],
         }
         return {"$ref": f"#/$defs/{name}"}
+
+    def callable_schema(self, typehint: Any, action: Any) -> Node:
+        """What makes an object of a class: such a class by its whole path, unlike words that may stand there too."""
+        made: Node = super().callable_schema(typehint, action)["anyOf"][-1]
+        self.defs[made["$ref"].rpartition("/")[2]]["anyOf"][0] = {"type": "string", "pattern": r"\."}
+        return made
 
 
 def class_form(name: str) -> Node:
@@ -135,7 +141,7 @@ def _takes_text(node: Node, schema: Node) -> bool:
         return _takes_text(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
     if "anyOf" in node:
         return any(_takes_text(part, schema) for part in node["anyOf"])
-    return "string" in node.get("type", ["string"]) and not node.keys() & {"enum", "const"}
+    return "string" in node.get("type", ["string"]) and not node.keys() & {"enum", "const", "pattern"}
 
 
 def _or_variable(node: Node, schema: Node) -> None:
@@ -165,7 +171,7 @@ def takes(node: Node) -> list[str]:
         return []
     if "$ref" in node or "properties" in node:
         name = node["$ref"].rpartition("/")[2] if "$ref" in node else "class"
-        return [f"a {name} by its class_path"]
+        return [f"{_a(name)} by its class_path"]
     if "anyOf" in node:
         found = [word for part in node["anyOf"] for word in takes(part)]
     elif "enum" in node:
@@ -176,6 +182,10 @@ def takes(node: Node) -> list[str]:
         kinds = node.get("type", [])
         found = [_kind(kind, node) for kind in ([kinds] if isinstance(kinds, str) else kinds)]
     return sorted(dict.fromkeys(found), key="null".__eq__)
+
+
+def _a(name: str) -> str:
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _one_of(values: list[Any]) -> str:

@@ -74,6 +74,8 @@ def test_it_takes_shipped_configs_as_they_are_and_as_they_are_printed(
         ("data.seq_length", None),
         ("data.padding_mode", "packed"),
         ("model.peft_type", "lorra"),
+        ("model.optimizer", "adam"),
+        ("model.weighted_loss_mode", {"class_pth": "own.HarderFirst"}),
         ("model.lora.target_modules", "dense"),
         ("evaluation.at_start", "yes please"),
         ("trainer.val_check_interval", 5),
@@ -97,6 +99,9 @@ def test_it_refuses_wrong_keys_and_values(valid: Valid, key: str, value: object)
         ("trainer.callbacks", [{"class_path": "my.Callback"}]),
         ("trainer.logger", [{"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "x"}}]),
         ("trainer.logger", False),
+        ("model.optimizer", "torch.optim.SGD"),
+        ("model.optimizer", "${OPTIMIZER:-adamw}"),
+        ("model.weighted_loss_mode", {"class_path": "own.HarderFirst", "init_args": {"power": 2}}),
         ("trainer.val_check_interval", None),
     ],
 )
@@ -151,6 +156,7 @@ def test_every_key_has_a_description_and_a_section_that_names_it(schema: Node) -
          "text, a list of numbers, or null"),
         ({"anyOf": [{"$ref": "#/$defs/Logger"}, {"type": "boolean"}, {"$ref": "#/$defs/variable"}]},
          "a Logger by its class_path, or true or false"),
+        ({"anyOf": [{"enum": ["adamw"]}, {"$ref": "#/$defs/Optimizer"}]}, "adamw, or an Optimizer by its class_path"),
         ({"type": "object", "additionalProperties": {"type": "integer"}}, "a mapping of integers"),
     ],
 )  # fmt: skip

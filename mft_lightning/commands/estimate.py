@@ -59,6 +59,7 @@ def as_object(setup: StepSetup, moments: list[Moment], found: list[Change], memo
 
 
 def _say_step(run: PlannedRun, setup: StepSetup) -> None:
+    optim = run.model.optim
     rows = "packed end to end" if setup.packed else "in padded rows"
     source = "data.seq_length; --length if they are shorter" if run.config["length"] is None else "--length"
     named = "one device" if setup.sharing == "one device" else f"{setup.devices} devices, {setup.sharing}"
@@ -69,6 +70,7 @@ def _say_step(run: PlannedRun, setup: StepSetup) -> None:
         ("devices", f"{named}, {setup.device}, precision {setup.precision}"),
         ("step", f"{setup.micro_batches} micro-batch(es) of {setup.conversations} on each device, {rows}"),
         ("assumed", f"conversations of {setup.length:,} tokens ({source}), all of them supervised"),
+        *([("optimizer", f"AdamW's two moments; {optim.name} may keep something else")] if optim.is_own else []),
     ]
     say(*labelled(lines))
 

@@ -34,6 +34,7 @@ from mft_lightning.training.checkpoint_choice import find_checkpoints, resolve_c
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo, is_named
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import Evaluation
+from mft_lightning.training.own_classes import tell_loggers
 from mft_lightning.training.questions import check_questions, samples_per_task
 from mft_lightning.training.retention import SUPERSEDED
 from mft_lightning.training.run_lock import only_run_in
@@ -44,7 +45,7 @@ from mft_lightning.training.trainer import fit_trainer, shows_samples
 
 
 class WriteConfig(L.Callback):
-    """Writes the run's keys to ``config.yaml``, and bad records to ``skipped.jsonl``, when training starts."""
+    """When training starts: writes the keys to ``config.yaml``, tells them, writes bad records to ``skipped.jsonl``."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -53,6 +54,7 @@ class WriteConfig(L.Callback):
         if trainer.is_global_zero:
             self.config.output_dir.mkdir(parents=True, exist_ok=True)
             self.config.save(self.config.output_dir / "config.yaml")
+            tell_loggers(trainer, self.config.keys)
             _write_skipped(self.config.datamodule, self.config.output_dir / SKIPPED)
 
 
@@ -124,7 +126,7 @@ def _fit(config: RunConfig) -> None:
     if resumed is not None:
         notes += changed_layout(resumed.path, trainer.world_size, config.settings.parallel.tensor_parallel_size)
     if settings.evaluation.samples_per_task and not shows_samples(keys):
-        notes.append("note: evaluation.samples_per_task: no logger of trainer.logger shows samples; none are asked.")
+        notes.append("note: evaluation.samples_per_task: trainer.logger: false shows no samples; none are asked.")
     say(*plan, *notes)
     if config.config[DRY_RUN]:
         check_first_step(trainer, module, datamodule, settings.parallel, shlex.join(config.command[1:]))

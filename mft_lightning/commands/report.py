@@ -57,7 +57,7 @@ def run_plan(
                 ("parameters", f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.2%})"),
                 ("batch", batch_line(datamodule)),
                 *([("sampling", sampling_line(plan, datamodule.task_names))] if plan.draws else []),
-                ("loss", module.weighted_loss_mode),
+                ("loss", module.weighting),
                 (
                     "steps",
                     f"{total_steps:,} ({plan.steps_per_epoch:,} an epoch), warm-up {optim.num_warmup_steps}, {rate}",

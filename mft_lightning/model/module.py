@@ -34,6 +34,7 @@ from mft_lightning.model.optim import (
     matrix_names,
     put_in_force,
 )
+from mft_lightning.model.own_optimizer import OwnOptimizer
 from mft_lightning.model.parallel import live_parameters
 from mft_lightning.model.quantized import check_quantizable, described, require_bitsandbytes
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
@@ -44,7 +45,15 @@ from mft_lightning.model.tensor_parallel import check_tensor_parallel
 from mft_lightning.shipped import shipped_example
 from mft_lightning.weighting.coba import CobaSettings
 from mft_lightning.weighting.famo import FamoSettings
-from mft_lightning.weighting.modes import TASK_WEIGHTED_MODES, WeightingMode, check_settings, make_balancer
+from mft_lightning.weighting.modes import (
+    TASK_WEIGHTED_MODES,
+    OwnBalancer,
+    WeightingMode,
+    check_settings,
+    make_balancer,
+    named,
+    static_mode,
+)
 from mft_lightning.weighting.static import coefficients
 
 NETWORK = "network.model."  # where the causal LM's weights stand in this module's state
@@ -67,7 +76,7 @@ class MFTModule(EvaluatedModule):
         pad_vocab_to_multiple_of: where the embeddings must grow for the tokenizer, grow to a multiple of this.
         trust_remote_code: run code that comes with the model.
         optimizer: adamw, or paged_adamw: bitsandbytes' AdamW, whose moments go to the host where a GPU is full (not yet
-            run on a GPU).
+            run on a GPU); or the class path of another one (docs/own_classes.md).
         learning_rate: peak of AdamW's learning rate.
         min_lr: where decaying schedules end.
         num_warmup_steps: optimizer steps up to the peak.
@@ -79,7 +88,8 @@ class MFTModule(EvaluatedModule):
         adam_beta2: AdamW's second decay rate.
         adam_epsilon: AdamW's epsilon.
         weighted_loss_mode: case1 (tokens alike), case2 (conversations alike), case3 (tasks alike, tokens within), case4
-            (tasks alike, conversations within); or case3 with weights that a balancer moves: coba, famo.
+            (tasks alike, conversations within); or case3 with weights that a balancer moves: coba, famo, or the class
+            path of your own (docs/own_classes.md).
         coba: settings of CoBa.
         famo: settings of FAMO.
         label_smoothing: share of each target that is spread evenly over the vocabulary.
@@ -107,7 +117,7 @@ class MFTModule(EvaluatedModule):
         attn_implementation: Attention = "sdpa",
         pad_vocab_to_multiple_of: int | None = None,
         trust_remote_code: bool = False,
-        optimizer: OptimizerKind = "adamw",
+        optimizer: OptimizerKind | OwnOptimizer = "adamw",
         learning_rate: float = 1e-5,
         min_lr: float = 0.0,
         num_warmup_steps: int = 0,
@@ -118,7 +128,7 @@ class MFTModule(EvaluatedModule):
         adam_beta1: float = 0.9,
         adam_beta2: float = 0.999,
         adam_epsilon: float = 1e-8,
-        weighted_loss_mode: WeightingMode = "case3",
+        weighted_loss_mode: WeightingMode | OwnBalancer = "case3",
         coba: CobaSettings = CobaSettings(),  # noqa: B008
         famo: FamoSettings = FamoSettings(),  # noqa: B008
         label_smoothing: float = 0.0,
@@ -212,8 +222,8 @@ class MFTModule(EvaluatedModule):
             require_bitsandbytes("model.optimizer: paged_adamw")
         if datamodule.task_weights is not None and self.weighted_loss_mode not in TASK_WEIGHTED_MODES:
             raise UserError(
-                f"data.task_weights: model.weighted_loss_mode: {self.weighted_loss_mode} takes no weights of tasks. "
-                f"Use {' or '.join(TASK_WEIGHTED_MODES)}, or leave the weights out."
+                f"data.task_weights: model.weighted_loss_mode: {named(self.weighted_loss_mode)} takes no weights of "
+                f"tasks. Use {' or '.join(TASK_WEIGHTED_MODES)}, or leave the weights out."
             )
         longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and datamodule.policy.seq_length > longest:
@@ -254,6 +264,7 @@ class MFTModule(EvaluatedModule):
             self.description |= described(self.quantization)
             self.useful_flops = UsefulFlops.of(self.network.causal_lm)
             self.matrices = matrix_names(self.network)
+            self.optim.try_out(self.network.named_parameters(), self.matrices)
             self.saved_names = {NETWORK + name for name in trained_names(self.network.model)}
         return self.network
 
@@ -263,8 +274,10 @@ class MFTModule(EvaluatedModule):
 
     @property
     def grouping(self) -> dict[str, Any]:
-        """What decides the groups in which the optimizer's state has the parameters, by key."""
-        return {"model.lora.loraplus_lr_ratio": "set" if self.lora.loraplus_lr_ratio is not None else None}
+        """What decides the form of the optimizer's state, by key."""
+        own = self.optim.name if self.optim.is_own else None  # the others save the same state
+        ratio = "set" if self.lora.loraplus_lr_ratio is not None else None
+        return {"model.lora.loraplus_lr_ratio": ratio, "model.optimizer": own}
 
     def configure_model(self) -> None:
         self.build(self.datamodule)
@@ -318,7 +331,7 @@ class MFTModule(EvaluatedModule):
     def _factors(self, batch: StepBatch, micro: MicroBatch) -> Tensor:
         """What each conversation of a micro-batch counts in its step, ``float64 [C]``."""
         return coefficients(
-            "case3" if self.balancer.learns else self.weighted_loss_mode,
+            static_mode(self.weighted_loss_mode),
             tasks=micro.tasks,
             n_supervised=micro.n_supervised,
             task_conversations=batch.task_conversations,
@@ -361,6 +374,11 @@ class MFTModule(EvaluatedModule):
 
     def _balanced(self) -> dict[str, Any]:
         return {"name": self.balancer.name, "tasks": self.datamodule.task_names}
+
+    @property
+    def weighting(self) -> str:
+        """What the losses of tasks are weighted by, in a word."""
+        return self.weighted_loss_mode if isinstance(self.weighted_loss_mode, str) else self.balancer.name
 
     @property
     def weighs_tasks(self) -> bool:

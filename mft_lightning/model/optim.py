@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from mft_lightning.errors import UserError
 from mft_lightning.model.gradients import by_mesh
+from mft_lightning.model.own_optimizer import OwnOptimizer, build_own_optimizer, check_own_optimizer
 
 OptimizerKind = Literal["adamw", "paged_adamw"]
 SchedulerType = Literal[
@@ -24,6 +25,7 @@ SchedulerType = Literal[
     "cosine_with_restarts",
     "log_warmup_linear_decay",
 ]
+ADAM = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}  # what means nothing to others, by default
 SCHEDULERS: tuple[str, ...] = get_args(SchedulerType)
 
 
@@ -35,7 +37,7 @@ class OptimizerSettings:
         UserError: a value that cannot work, naming its key.
     """
 
-    kind: OptimizerKind
+    kind: OptimizerKind | OwnOptimizer
     learning_rate: float
     min_lr: float
     num_warmup_steps: int
@@ -47,6 +49,7 @@ class OptimizerSettings:
     adam_beta2: float
     adam_epsilon: float
     loraplus_lr_ratio: float | None = None
+    name: str = field(init=False)  # of the optimizer: its kind, or a class path
 
     def __post_init__(self) -> None:
         for key in ("learning_rate", "lr_power", "lr_num_cycles", "adam_epsilon"):
@@ -62,6 +65,15 @@ class OptimizerSettings:
             raise UserError(
                 f"model.min_lr: {self.min_lr} is not between 0 and model.learning_rate: {self.learning_rate}."
             )
+        self.name = self.kind if isinstance(self.kind, str) else check_own_optimizer(self.kind, self.weight_decay)
+        for key, default in ADAM.items():
+            if not isinstance(self.kind, str) and getattr(self, key) != default:
+                raise UserError(f"model.{key}: has no effect on {self.name}. Set it back to {default}.")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a class of the user's own."""
+        return not isinstance(self.kind, str)
 
     def build(
         self,
@@ -80,15 +92,12 @@ class OptimizerSettings:
             scaled: whether a scaler of the loss multiplies gradients. It leaves those of a fused optimizer scaled for
                 the optimizer to undo, and they would be measured and clipped so.
         """
-        if self.loraplus_lr_ratio is None:
-            groups = parameter_groups(parameters, matrices, self.weight_decay)
-        else:
-            groups = loraplus_groups(
-                parameters, matrices, self.weight_decay, rate=self.learning_rate, ratio=self.loraplus_lr_ratio
-            )
+        groups = self._groups(parameters, matrices)
         betas = (self.adam_beta1, self.adam_beta2)
         optimizer: Optimizer
-        if self.kind == "paged_adamw":
+        if not isinstance(self.kind, str):
+            optimizer = build_own_optimizer(self.kind, groups, self.learning_rate)
+        elif self.kind == "paged_adamw":
             from mft_lightning.model.paged import PagedAdamW  # which imports bitsandbytes
 
             optimizer = PagedAdamW(groups, lr=self.learning_rate, betas=betas, eps=self.adam_epsilon)
@@ -105,6 +114,19 @@ class OptimizerSettings:
             num_cycles=self.lr_num_cycles,
         )
         return optimizer, LambdaLR(optimizer, factor)
+
+    def try_out(self, parameters: Iterable[tuple[str, nn.Parameter]], matrices: Collection[str]) -> None:
+        """Make an optimizer of the user's own once, so that one that cannot be made ends a run before it begins."""
+        if not isinstance(self.kind, str):
+            build_own_optimizer(self.kind, self._groups(parameters, matrices), self.learning_rate)
+
+    def _groups(
+        self, parameters: Iterable[tuple[str, nn.Parameter]], matrices: Collection[str]
+    ) -> list[dict[str, Any]]:
+        if self.loraplus_lr_ratio is None:
+            return parameter_groups(parameters, matrices, self.weight_decay)
+        rate, ratio = self.learning_rate, self.loraplus_lr_ratio
+        return loraplus_groups(parameters, matrices, self.weight_decay, rate=rate, ratio=ratio)
 
 
 def group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:

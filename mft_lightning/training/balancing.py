@@ -27,9 +27,9 @@ def check_balancing(module: MFTModule, datamodule: MFTDataModule) -> None:
     counts = np.bincount(datamodule.table("valid").tasks, minlength=len(datamodule.tasks))
     if missing := [name for name, count in zip(datamodule.task_names, counts, strict=True) if not count]:
         raise UserError(
-            f"model.weighted_loss_mode: {module.balancer.name} looks at validation losses, but there is no conversation to validate "
-            f"{', '.join(missing)} on. Give data.data_split a larger share or data.valid_data_paths a directory "
-            "of it, or use case3 or famo."
+            f"model.weighted_loss_mode: {module.balancer.name} looks at validation losses, but there is no "
+            f"conversation to validate {', '.join(missing)} on. Give data.data_split a larger share or "
+            "data.valid_data_paths a directory of it, or use case3 or famo."
         )
 
 
@@ -48,6 +48,7 @@ class Balancing(L.Callback):
         numbers = balancer.batches_due(step)
         valid = self._validate(trainer, module, numbers) if numbers else None
         balancer.after_step(step, train, valid)
+        balancer.check_weights()
 
     def _validate(self, trainer: L.Trainer, module: MFTModule, numbers: range) -> Tensor:
         """NLL per supervised token of each task in balanced batches, the same on every rank, ``float64 [K]``."""

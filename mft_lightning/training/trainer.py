@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -28,6 +29,7 @@ from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.introduction import Introduction
 from mft_lightning.training.layout import find_layout, slurm_task
 from mft_lightning.training.loggers import MetricsCSV, PlainLines
+from mft_lightning.training.own_classes import StopTogether, check_loggers, count_steps_taken
 from mft_lightning.training.progress import Pace, RunBar
 from mft_lightning.training.signals import EndAtOnce
 from mft_lightning.training.skipped_steps import SKIPPED_STEPS, SkippedSteps
@@ -62,7 +64,6 @@ ELSEWHERE: dict[str, tuple[Any, str]] = {
     "min_epochs": (None, "early_stopping.patience"),
     "barebones": (False, "trainer.logger"),
 }
-OWN_LOGGERS = (None, True)  # values of trainer.logger that mean TensorBoard and metrics.csv
 
 
 @dataclass(kw_only=True)
@@ -131,22 +132,20 @@ def fit_trainer(
 ) -> L.Trainer:
     """The Trainer that trains.
 
-    The order of callbacks matters: a step is logged, then moves the tasks' weights, is validated, and saved (Lightning
-    puts checkpoints last); the clock comes before all, so that its last step is known to be the last.
+    The order of callbacks matters: a step is logged, seen by the user's callbacks, moves the tasks' weights, is
+    validated, and saved (Lightning puts checkpoints last); the clock comes before all, so that its last step is known
+    to be the last.
     """
     evaluation = Evaluation(settings.evaluation) if settings.evaluation.enabled else None
     callbacks: list[L.Callback] = [StepSeeding(seed), EpochCount()]
     timer = _timer(keys["max_time"]) if keys.get("max_time") is not None else None
     callbacks += [timer] if timer is not None else []
-    callbacks += [*_listed(keys.get("callbacks")), *extra_callbacks]
-    loggers: Any = keys.get("logger")
-    if loggers in OWN_LOGGERS:
-        loggers = [
-            Curves(tensorboard_dir, resumed_step, introduction),
-            MetricsCSV(output_dir / "metrics.csv", resumed_step),
-        ]
+    callbacks += extra_callbacks
+    loggers = _loggers(keys.get("logger"), tensorboard_dir, introduction, output_dir, resumed_step)
     skipped = SkippedSteps(output_dir / SKIPPED_STEPS)
     callbacks += [StepLogging(keys["log_every_n_steps"], skipped, measures_peak=bool(loggers)), skipped]
+    if own := _listed(keys.get("callbacks")):
+        callbacks += [*own, StopTogether()]
     callbacks.append(Balancing())
     if checkpoint_io.module.source.init == "random":
         callbacks.append(RandomBase(output_dir / "base", resumed=resumed_step > 0))
@@ -158,8 +157,8 @@ def fit_trainer(
     callbacks.append(HFModelCheckpoint(settings.checkpoint, output_dir, evaluation, checkpoint_io))
     bar, pace = _shows_bar(keys), Pace(total_steps, timer)
     callbacks += [RunBar(total_steps, pace)] if bar and not _own_bar(keys) else []
-    loggers = [*_listed(loggers or None), PlainLines(total_steps, None if bar else pace)]
-    return _trainer(
+    loggers.append(PlainLines(total_steps, None if bar else pace))
+    trainer = _trainer(
         {
             **keys,
             "callbacks": callbacks,
@@ -175,6 +174,20 @@ def fit_trainer(
             "num_sanity_val_steps": -1 if settings.evaluation.at_start else 0,
         }
     )
+    count_steps_taken(trainer)
+    return trainer
+
+
+def _loggers(
+    given: Any, tensorboard_dir: Path, introduction: Callable[[], Introduction], output_dir: Path, resumed_step: int
+) -> list[Logger]:
+    """Those of a run, and beside them the user's own; none where ``trainer.logger`` is false."""
+    if given is False:
+        return []
+    own = [] if given is True else _listed(given)
+    check_loggers(own)
+    curves = Curves(tensorboard_dir, resumed_step, introduction)
+    return [curves, MetricsCSV(output_dir / "metrics.csv", resumed_step), *own]
 
 
 def evaluation_trainer(
@@ -203,8 +216,8 @@ def evaluation_trainer(
 
 
 def shows_samples(keys: dict[str, Any]) -> bool:
-    """Whether there is somebody to answer prompts in training, and a logger to show it."""
-    return keys.get("logger") in OWN_LOGGERS and not isinstance(keys["strategy"], FlatShardedStrategy)
+    """Whether there is somebody to answer prompts in training, and TensorBoard to show it."""
+    return keys.get("logger") is not False and not isinstance(keys["strategy"], FlatShardedStrategy)
 
 
 def _asking(settings: RunSettings, samples_per_task: int) -> list[L.Callback]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mft_lightning.errors import UserError
+
 LEAST = 1e-8  # NLL per token, below which a task is as good as learnt: what losses are divided by at least
 
 
@@ -34,6 +36,7 @@ class Balancer(ABC):
     conversations_per_task = 4
 
     def __init__(self, tasks: int) -> None:
+        self.tasks = tasks
         self.weights = torch.ones(tasks, dtype=torch.float64)
 
     def batches_due(self, step: int) -> range:
@@ -52,6 +55,23 @@ class Balancer(ABC):
             train: NLL per supervised token of each task in the step, ``float64 [K]``; NaN where a task was absent.
             valid: that in the validation batches that were due; None where none was.
         """
+
+    def check_weights(self) -> None:
+        """Raise where the weights are not what the loss needs: one from 0 on for each task, of mean 1.
+
+        Raises:
+            UserError: naming the balancer, its weights, and what is wrong with them.
+        """
+        weights = self.weights
+        if not isinstance(weights, Tensor) or weights.dtype != torch.float64 or weights.shape != (self.tasks,):
+            wrong = f"no float64 tensor of {self.tasks} elements on the CPU"
+        elif not (weights.isfinite().all() and weights.min() >= 0):
+            wrong = "no finite numbers from 0 on"
+        elif abs(weights.mean().item() - 1) > 1e-6:
+            wrong = "not of mean 1 (divide them by their mean)"
+        else:
+            return
+        raise UserError(f"model.weighted_loss_mode: the weights of {self.name}, {weights!r}, are {wrong}.")
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

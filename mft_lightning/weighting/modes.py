@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from mft_lightning.errors import UserError
 from mft_lightning.weighting.balancer import Balancer, FixedWeights
 from mft_lightning.weighting.coba import Coba, CobaSettings
 from mft_lightning.weighting.famo import Famo, FamoSettings
+from mft_lightning.weighting.static import StaticMode
 
 WeightingMode = Literal["case1", "case2", "case3", "case4", "coba", "famo"]
+OwnBalancer = Callable[[int], Balancer]  # a user's, of so many tasks
 TASK_WEIGHTED_MODES = ("case3", "case4")  # those that take weights
 
 
-def make_balancer(mode: WeightingMode, weights: Sequence[float], coba: CobaSettings, famo: FamoSettings) -> Balancer:
+def make_balancer(
+    mode: WeightingMode | OwnBalancer, weights: Sequence[float], coba: CobaSettings, famo: FamoSettings
+) -> Balancer:
     """What owns the tasks' weights.
 
     Args:
@@ -23,6 +27,8 @@ def make_balancer(mode: WeightingMode, weights: Sequence[float], coba: CobaSetti
         coba: settings of CoBa.
         famo: settings of FAMO.
     """
+    if not isinstance(mode, str):
+        return _own(mode, len(weights))
     if mode == "coba":
         return Coba(len(weights), coba)
     if mode == "famo":
@@ -30,7 +36,21 @@ def make_balancer(mode: WeightingMode, weights: Sequence[float], coba: CobaSetti
     return FixedWeights(weights)
 
 
-def check_settings(mode: WeightingMode, coba: CobaSettings, famo: FamoSettings) -> None:
+def _own(make: OwnBalancer, tasks: int) -> Balancer:
+    balancer = make(tasks)
+    if not isinstance(balancer, Balancer):
+        raise UserError(f"model.weighted_loss_mode: {make} makes no mft_lightning.Balancer.")
+    balancer.name = balancer.name or f"{type(balancer).__module__}.{type(balancer).__qualname__}"
+    balancer.check_weights()
+    return balancer
+
+
+def static_mode(mode: WeightingMode | OwnBalancer) -> StaticMode:
+    """How conversations count beside the tasks' weights: balancers move those of case3."""
+    return mode if mode in ("case1", "case2", "case4") else "case3"
+
+
+def check_settings(mode: WeightingMode | OwnBalancer, coba: CobaSettings, famo: FamoSettings) -> None:
     """Refuse settings that would have no effect.
 
     Raises:
@@ -38,4 +58,9 @@ def check_settings(mode: WeightingMode, coba: CobaSettings, famo: FamoSettings) 
     """
     for other, is_set in (("coba", coba != CobaSettings()), ("famo", famo != FamoSettings())):
         if is_set and mode != other:
-            raise UserError(f"model.{other}: is set, but model.weighted_loss_mode is {mode}.")
+            raise UserError(f"model.{other}: is set, but model.weighted_loss_mode is {named(mode)}.")
+
+
+def named(mode: WeightingMode | OwnBalancer) -> str:
+    """The mode as messages name it."""
+    return mode if isinstance(mode, str) else "a class of your own"

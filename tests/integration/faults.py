@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -18,6 +18,7 @@ from mft_lightning.data.loader import TrainLoader, TrainSteps
 from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.supervised_loss import SupervisedNLL
+from mft_lightning.weighting.balancer import Balancer
 
 
 class NotFinite(L.Callback):
@@ -212,3 +213,16 @@ class EarlySignal(L.Callback):
     def on_train_start(self, trainer: L.Trainer, *args: object) -> None:
         if self.hook == "train_start":
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class DoubledWeights(Balancer):
+    """A user's balancer that forgets that weights have a mean of 1."""
+
+    def after_step(self, step: int, train: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        self.weights = 2 * self.weights
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""

@@ -149,9 +149,16 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ("model: 5\n", "model: is a group of keys, not 5. Give keys below it. See docs/training.md#models."),
         (
             "trainer: {logger: {class_path: CSVLogger, init_args: {save_dirr: x}}}",
-            "trainer.logger: lightning.pytorch.loggers.CSVLogger: Option 'save_dirr' is not accepted. See docs/",
+            "trainer.logger: CSVLogger takes no save_dirr here. See docs/own_classes.md#loggers.",
         ),
-        ("trainer: {logger: {class_path: gone.Logger}}", "trainer.logger: gone.Logger: No module named 'gone'."),
+        (
+            "trainer: {logger: {class_path: gone.Logger}}",
+            "trainer.logger: gone.Logger is no class that can be used (No module named 'gone'). See docs/",
+        ),
+        (
+            "model: {optimizer: {class_path: torch.optim.SGD, init_args: {momentum: [1]}}}",
+            "model.optimizer: SGD takes no such value as momentum, but a float. See docs/",
+        ),
         ("data: {cache_dir: '${NOT_SET_ANYWHERE}'}", "data.cache_dir (mine.yaml): the environment variable NOT_SET"),
     ],
 )

@@ -1,0 +1,60 @@
+"""Callbacks and loggers of the user's own, beside those of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
+
+from mft_lightning import ranks
+from mft_lightning.errors import UserError
+from mft_lightning.training.curves import Curves
+from mft_lightning.training.loggers import MetricsCSV, PlainLines
+
+
+class StopTogether(L.Callback):
+    """All ranks stop where a callback before this one set ``trainer.should_stop`` at the end of a step on one of them.
+
+    Lightning leaves that to the callback, and ranks that go on alone wait for the others until they time out.
+    """
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        trainer.should_stop = ranks.highest(int(trainer.should_stop)) > 0
+
+
+def check_loggers(loggers: Sequence[Logger]) -> None:
+    """Refuse what loggers would leave undone without a word.
+
+    Raises:
+        UserError: uploads of checkpoints, which take files of Lightning's and pass over directories
+            (``_scan_checkpoints`` in ``lightning/pytorch/loggers/utilities.py``).
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger | MLFlowLogger) and logger._log_model:
+            raise UserError(
+                f"trainer.logger: {type(logger).__name__} uploads no checkpoint of this program, which is a directory. "
+                "Leave log_model out, and upload the directory when the run is over."
+            )
+
+
+def tell_loggers(trainer: L.Trainer, keys: Mapping[str, Any]) -> None:
+    """Tell the keys of a run that begins to the loggers of the user's own; of one that goes on they know them."""
+    for logger in trainer.loggers if trainer.global_step == 0 else ():
+        if not isinstance(logger, Curves | MetricsCSV | PlainLines):
+            logger.log_hyperparams(dict(keys))
+
+
+def count_steps_taken(trainer: L.Trainer) -> None:
+    """Let what callbacks log with ``pl_module.log`` stand at the number of optimizer steps taken, as all else does.
+
+    Lightning's own axis is one behind (``_LoggerConnector.log_metrics`` in ``logger_connector.py`` of 2.6).
+    """
+    connector = trainer._logger_connector
+    log = connector.log_metrics
+
+    def at_steps_taken(metrics: Any, step: int | None = None) -> None:
+        log({"step": trainer.global_step, **metrics} if step is None and metrics else metrics, step)
+
+    connector.log_metrics = at_steps_taken  # type: ignore[method-assign]
