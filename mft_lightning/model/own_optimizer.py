@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,8 +27,8 @@ def check_own_optimizer(make: OwnOptimizer, weight_decay: float) -> str:
     given = made.defaults.get("weight_decay")
     if given is None and weight_decay:
         raise UserError(f"model.weight_decay: {weight_decay} means nothing to {name}, which has none. Set it to 0.")
-    usual = type(made)([nn.Parameter(torch.zeros(2, 2))]).defaults.get("weight_decay") if given else given
-    if given != usual:
+    usual = inspect.signature(type(made).__init__).parameters.get("weight_decay")
+    if usual is not None and given != usual.default:
         raise UserError(f"{KEY}: the weight_decay of {name} has no effect here. Use model.weight_decay.")
     return name
 
