@@ -17,7 +17,7 @@ from mft_lightning.key_errors import instantiate
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.paths import given_path
-from mft_lightning.run_parser import RunParser, without_idle
+from mft_lightning.run_parser import DRY_RUN, RunParser, without_idle
 from mft_lightning.shipped import CONFIGS, ROOT, expanded, shipped_config, shipped_example
 from mft_lightning.training.callbacks import EarlyStoppingSettings
 from mft_lightning.training.checkpoint import CheckpointSettings
@@ -144,6 +144,18 @@ class RunConfig(LightningCLI):
     @staticmethod
     def trainer_keys(config: Any) -> dict[str, Any]:
         return dict(config["trainer"])
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed_everything
+
+    @property
+    def ckpt_path(self) -> str | None:
+        return self.config.ckpt_path
+
+    @property
+    def dry_run(self) -> bool:
+        return self.config.get(DRY_RUN, False)
 
     @property
     def sharded(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import Any, cast
 
 import lightning as L
@@ -10,36 +11,30 @@ import numpy as np
 import torch
 
 from mft_lightning.commands.planned import network_of
-from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.model.memory import peak
-from mft_lightning.model.module import MFTModule
-from mft_lightning.model.parallel import ParallelSettings
 from mft_lightning.model.step_setup import Sharing, StepSetup
+from mft_lightning.run_parser import DRY_RUN
 from mft_lightning.screen import labelled, say
+from mft_lightning.training.run import Run
 
 GIB = 2**30
 LOOKED_AT = 20  # steps of the first epoch, of which the largest micro-batch is taken
 
 
-def check_first_step(
-    trainer: L.Trainer, module: MFTModule, datamodule: MFTDataModule, parallel: ParallelSettings, command: str
-) -> None:
+def check_first_step(trainer: L.Trainer, run: Run) -> None:
     """Load the first batch as training would, and say what memory the steps need.
 
     Args:
         trainer: of the run, which has not begun.
-        module: with its network.
-        datamodule: set up.
-        parallel: how devices share layers.
-        command: the words after ``fit``, for the advice to use ``estimate``.
+        run: with its network built and its data set up.
 
     Raises:
         UserError: the memory of a device is less than a step needs.
     """
-    next(iter(datamodule.train_dataloader()))
+    next(iter(run.datamodule.train_dataloader()))
     try:
-        need = peak(_setup(trainer, module, datamodule, parallel)).total
+        need = peak(_setup(trainer, run)).total
     except UserError as error:  # of what it cannot count
         say(*labelled([("memory", f"not known: {error}")]))
         return
@@ -47,17 +42,18 @@ def check_first_step(
     whose = "of each device" if device.type == "cuda" else "of this machine for each process"
     said = f"{need / GIB:.2f} GiB in a step, and about a tenth more, of the {there / GIB:.1f} GiB {whose}"
     if need > there:
-        raise UserError(f"memory: {said}. What needs less: python -m mft_lightning estimate {command}")
+        words = shlex.join(word for word in run.settings.command[1:] if word != f"--{DRY_RUN}")
+        raise UserError(f"memory: {said}. What needs less: python -m mft_lightning estimate {words}")
     say(*labelled([("memory", said)]))
 
 
-def _setup(trainer: L.Trainer, module: MFTModule, datamodule: MFTDataModule, parallel: ParallelSettings) -> StepSetup:
+def _setup(trainer: L.Trainer, run: Run) -> StepSetup:
     """The largest micro-batch of the first steps, as conversations of one length."""
+    parallel, plan = run.settings.parallel, run.datamodule.plan
     strategy: Any = trainer.strategy
     name = getattr(strategy, "short_name", None)
     if trainer.world_size > 1 and name not in ("ddp", "fsdp"):
         raise UserError(f"what {type(strategy).__name__} needs is not known.")
-    plan = datamodule.plan
     groups = trainer.world_size // parallel.tensor_parallel_size
     dealt = [
         plan.deal_to_all(plan.global_batch(0, step), groups) for step in range(min(LOOKED_AT, plan.steps_per_epoch))
@@ -65,12 +61,12 @@ def _setup(trainer: L.Trainer, module: MFTModule, datamodule: MFTDataModule, par
     lengths = [plan.lengths[part] for parts in dealt for part in parts if len(part)]
     largest = max(lengths, key=lambda part: int(part.sum() if plan.packed else part.max() * len(part)))
     return StepSetup(
-        network=network_of(module, datamodule),
+        network=network_of(run.model, run.datamodule),
         precision=trainer.precision,
         sharing=cast(Sharing, name if trainer.world_size > 1 else "one device"),
         devices=trainer.world_size,
         parallel=parallel,
-        checkpoint_activations=module.checkpoint_activations,
+        checkpoint_activations=run.model.checkpoint_activations,
         conversations=len(largest),
         length=int(np.ceil(largest.mean()) if plan.packed else largest.max()),
         packed=plan.packed,

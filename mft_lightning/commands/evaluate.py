@@ -10,6 +10,7 @@ from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import say, shown
 from mft_lightning.training.asking import Asking
 from mft_lightning.training.questions import check_questions
+from mft_lightning.training.run import Run
 from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import evaluation_trainer
 
@@ -26,7 +27,11 @@ def test(argv: list[str]) -> None:
 
 def _evaluate(argv: list[str], command: str, split: str) -> None:
     quieten()
-    config = RunConfig(argv, command)
+    measure(RunConfig(argv, command), command, split)
+
+
+def measure(config: Run, command: str, split: str) -> dict[str, float]:
+    """Measure a run's checkpoint, or its model as it starts; what was measured, by name."""
     module, datamodule = config.model, config.datamodule
     module.check(datamodule, config.settings.parallel.tensor_parallel_size)
     checkpoint = named_checkpoint(config)
@@ -51,3 +56,4 @@ def _evaluate(argv: list[str], command: str, split: str) -> None:
     say(task_results(datamodule, split, metrics, exact=exact))
     name = f"{'val' if command == 'validate' else 'test'}/loss"
     say(f"{name} {metrics[name]:.6f}")
+    return metrics

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import shlex
+import signal
 import tempfile
 import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import yaml
@@ -37,6 +37,7 @@ from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.own_classes import tell_loggers
 from mft_lightning.training.questions import check_questions, samples_per_task
 from mft_lightning.training.retention import SUPERSEDED
+from mft_lightning.training.run import Run
 from mft_lightning.training.run_lock import only_run_in
 from mft_lightning.training.same_run import LOST, changed_layout, check_same_run, check_start, set_position
 from mft_lightning.training.signals import GracefulStop
@@ -47,7 +48,7 @@ from mft_lightning.training.trainer import fit_trainer, shows_samples
 class WriteConfig(L.Callback):
     """When training starts: writes the keys to ``config.yaml``, tells them, writes bad records to ``skipped.jsonl``."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: Run) -> None:
         self.config = config
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -71,14 +72,25 @@ def _write_skipped(datamodule: MFTDataModule, file: Path) -> None:
 def fit(argv: list[str]) -> None:
     """Check everything that can be wrong first, then train; nothing is written before."""
     quieten()
-    config = RunConfig(argv, "fit", {DRY_RUN: {"action": "store_true", "help": "Check all up to the first step."}})
+    options = {DRY_RUN: {"action": "store_true", "help": "Check all up to the first step."}}
+    _, received = train(RunConfig(argv, "fit", options))
+    if received is not None:
+        raise SystemExit(128 + received)
+
+
+def train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
+    """Train a run, alone in its output directory, or only check it.
+
+    Returns:
+        The Trainer, None where there was nothing to do; and the signal that ended it, if one did.
+    """
     _check_writable(config.output_dir, "output_dir")
     _check_writable(config.tensorboard_dir, "tensorboard_dir")
     with only_run_in(config.output_dir) if ranks.is_first() else nullcontext():
-        _fit(config)
+        return _train(config)
 
 
-def _fit(config: RunConfig) -> None:
+def _train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
     keys, module, datamodule, settings = config.trainer_config, config.model, config.datamodule, config.settings
     resumed = _resumed(config)
     module.check(datamodule, config.settings.parallel.tensor_parallel_size)
@@ -100,18 +112,18 @@ def _fit(config: RunConfig) -> None:
     )
     total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])
     if resumed is not None and resumed.step >= total_steps:
-        if ranks.is_first() and not config.config[DRY_RUN]:
+        if ranks.is_first() and not config.dry_run:
             _settle(config, resumed)
         print(
             f"nothing to do: {resumed.path.name} is at the end, raise trainer.max_steps or trainer.max_epochs to go on"
         )
-        return
+        return None, None
     stop = GracefulStop()
     trainer = fit_trainer(
         keys,
         settings,
         checkpoint_io,
-        seed=cast(int, config.config.seed_everything),
+        seed=config.seed,
         output_dir=config.output_dir,
         tensorboard_dir=config.tensorboard_dir,
         introduction=partial(introduction, config),
@@ -128,10 +140,10 @@ def _fit(config: RunConfig) -> None:
     if settings.evaluation.samples_per_task and not shows_samples(keys):
         notes.append("note: evaluation.samples_per_task: trainer.logger: false shows no samples; none are asked.")
     say(*plan, *notes)
-    if config.config[DRY_RUN]:
-        check_first_step(trainer, module, datamodule, settings.parallel, shlex.join(config.command[1:]))
+    if config.dry_run:
+        check_first_step(trainer, config)
         say("", f"dry run: a run can start so. Nothing was trained, or written to {shown(config.output_dir)}.")
-        return
+        return None, None
     start = time.perf_counter()
     trainer.fit(module, datamodule=datamodule, ckpt_path=resumed.path if resumed else None, weights_only=True)
     if ranks.is_first():
@@ -140,10 +152,10 @@ def _fit(config: RunConfig) -> None:
         say(
             f"stopped by {stop.received.name}{'' if trainer.global_step < total_steps else ' when all steps were done'}"
         )
-        raise SystemExit(128 + stop.received)
+    return trainer, stop.received
 
 
-def _load(checkpoint_io: HFCheckpointIO, path: Path, config: RunConfig) -> list[str]:
+def _load(checkpoint_io: HFCheckpointIO, path: Path, config: Run) -> list[str]:
     """Load the checkpoint to go on from, if it is of this run, or may be of another; what to say of that."""
     module, datamodule = config.model, config.datamodule
     may_change = datamodule.fingerprint.keys() if config.settings.checkpoint.allow_changes else ()
@@ -163,7 +175,7 @@ def _load(checkpoint_io: HFCheckpointIO, path: Path, config: RunConfig) -> list[
     return [f"note: goes on although {'; '.join(changes)}. {LOST}", ""]
 
 
-def _settle(config: RunConfig, resumed: CheckpointInfo) -> None:
+def _settle(config: Run, resumed: CheckpointInfo) -> None:
     """Do what a process that was killed right after its last save had still to do; remove nothing by other settings."""
     settings, directory = config.settings, config.output_dir
     names = ("save_total_limit", "trainer_state", "monitor", "mode")
@@ -174,7 +186,7 @@ def _settle(config: RunConfig, resumed: CheckpointInfo) -> None:
         settings.checkpoint.retention(directory, validated=settings.evaluation.enabled).settle()
 
 
-def _tell_outcome(config: RunConfig, trainer: L.Trainer, total_steps: int, seconds: float) -> None:
+def _tell_outcome(config: Run, trainer: L.Trainer, total_steps: int, seconds: float) -> None:
     """The table of the last validation, the checkpoints, and the commands to go on with."""
     datamodule, step = config.datamodule, trainer.global_step
     epochs = step / datamodule.plan.steps_per_epoch
@@ -197,7 +209,7 @@ def _tell_outcome(config: RunConfig, trainer: L.Trainer, total_steps: int, secon
     say("", *run_summary(config.output_dir, config.tensorboard_dir, config.settings.checkpoint, " ".join(go_on)))
 
 
-def _validated(config: RunConfig, evaluation: Evaluation, step: int) -> dict[str, float]:
+def _validated(config: Run, evaluation: Evaluation, step: int) -> dict[str, float]:
     """What the validation at the last step measured: in this run or, if it took no step, in the one it resumed."""
     if evaluation.step == step:
         return evaluation.metrics
@@ -214,7 +226,7 @@ def _twice_as_long(keys: dict[str, Any], step: int, steps_per_epoch: int) -> lis
     return words
 
 
-def _check_evaluation(config: RunConfig, datamodule: MFTDataModule) -> None:
+def _check_evaluation(config: Run, datamodule: MFTDataModule) -> None:
     """What validation is asked for must be possible."""
     settings = config.settings
     monitor = settings.checkpoint.monitor
@@ -234,10 +246,10 @@ def _check_evaluation(config: RunConfig, datamodule: MFTDataModule) -> None:
         raise UserError(f"checkpoint.monitor: {monitor!r} is none of val/loss, {', '.join(each)}.")
 
 
-def _resumed(config: RunConfig) -> CheckpointInfo | None:
+def _resumed(config: Run) -> CheckpointInfo | None:
     """The checkpoint to go on from, if any; refuses to mix two runs in one directory."""
     output_dir, checkpoint = config.output_dir, config.settings.checkpoint
-    given: Any = config.config.ckpt_path
+    given: Any = config.ckpt_path
     resumed = None
     if given is not None:
         resumed = resolve_checkpoint(given, output_dir, checkpoint.monitor, checkpoint.mode, to_resume=True)

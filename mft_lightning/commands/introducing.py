@@ -9,19 +9,20 @@ from typing import Any
 from mft_lightning.commands.report import batch_line, sampling_line, task_table
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.data.survey import lengths_of, quantiles
-from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import Grid
 from mft_lightning.training.chart_layout import charts
 from mft_lightning.training.introduction import Introduction
 from mft_lightning.training.markdown import fenced, plain, table
+from mft_lightning.training.run import Run
 from mft_lightning.yaml_text import as_yaml
 
 COMPARED_TASKS = 20  # most tasks whose metrics runs are compared by
 MOST = 200  # characters of a key's value among the hyper-parameters
-HYPER_PARAMETERS = ("seed_everything", "data", "model", "trainer", "parallel", "early_stopping")
+# A run from Python has no keys of its data and model, but what it was made from.
+HYPER_PARAMETERS = ("seed_everything", "data", "model", "run", "trainer", "parallel", "early_stopping")
 
 
-def introduction(config: RunConfig) -> Introduction:
+def introduction(config: Run) -> Introduction:
     """What TensorBoard shows of a run beside its curves; the data must be set up."""
     keys, datamodule, measured = config.keys, config.datamodule, _measured(config)
     lengths = {
@@ -31,7 +32,7 @@ def introduction(config: RunConfig) -> Introduction:
     }
     return Introduction(
         charts=charts(datamodule.task_names, measured),
-        keys=dict(_flat({name: keys[name] for name in HYPER_PARAMETERS})),
+        keys=dict(_flat({name: keys[name] for name in HYPER_PARAMETERS if name in keys})),
         metrics=_metrics(datamodule, measured),
         texts={
             "config": fenced(as_yaml(keys), "yaml"),
@@ -53,7 +54,7 @@ def _flat(keys: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, bool 
             yield name, json.dumps(value)[:MOST]
 
 
-def _measured(config: RunConfig) -> list[str]:
+def _measured(config: Run) -> list[str]:
     """What is measured of each task, the most telling first."""
     evaluation = config.settings.evaluation
     found = ["val/loss"] if evaluation.enabled else []

@@ -109,7 +109,9 @@ def next_commands(output_dir: Path, tensorboard_dir: Path, chosen: CheckpointInf
         model = whole
     commands += [
         ("ask it", f'{run} generate --model {model} --prompt "..."'),
-        ("go on", f"{run} fit --config {config} --ckpt_path last {go_on}".rstrip()),
+        ("go on", f"{run} fit --config {config} --ckpt_path last {go_on}".rstrip())
+        if (output_dir / "config.yaml").is_file()
+        else ("go on", 'trainer.fit(model, data, ckpt_path="last")'),  # of a run from Python
     ]
     if is_adapter(chosen.path):
         merged = shown(output_dir / f"merged-{chosen.path.name}")

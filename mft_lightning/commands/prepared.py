@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 from mft_lightning.errors import UserError
-from mft_lightning.run_config import RunConfig
 from mft_lightning.screen import say
 from mft_lightning.training.checkpoint_choice import resolve_checkpoint
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
+from mft_lightning.training.run import Run
 from mft_lightning.training.same_run import check_same_run, check_start
 
 
-def named_checkpoint(config: RunConfig) -> CheckpointInfo | None:
+def named_checkpoint(config: Run) -> CheckpointInfo | None:
     """The checkpoint of ``--ckpt_path``; None where none is asked for.
 
     Raises:
         UserError: there is none of that name.
     """
-    if config.config.ckpt_path is None:
+    if config.ckpt_path is None:
         return None
     settings = config.settings.checkpoint
-    checkpoint = resolve_checkpoint(config.config.ckpt_path, config.output_dir, settings.monitor, settings.mode)
+    checkpoint = resolve_checkpoint(config.ckpt_path, config.output_dir, settings.monitor, settings.mode)
     if checkpoint is None:
         raise UserError(f"--ckpt_path last: no checkpoint in {config.output_dir}.")
     return checkpoint
 
 
-def build_for(config: RunConfig, checkpoint: CheckpointInfo | None) -> HFCheckpointIO:
+def build_for(config: Run, checkpoint: CheckpointInfo | None) -> HFCheckpointIO:
     """Build the network, and load the checkpoint ahead, if it is one of such a network; say what it starts from else.
 
     Raises:

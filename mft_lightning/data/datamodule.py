@@ -171,12 +171,7 @@ class MFTDataModule(L.LightningDataModule):
                 f"data.role_tokens: the tokenizer in {tokenizer_path} has the role markers as tokens, and a model that "
                 "was trained with it knows them so. Set data.role_tokens: added."
             )
-        self.max_evaluation_conversations = max_evaluation_conversations
-        self.exclude_tasks = exclude_tasks or []
-        if unknown := [name for name in self.exclude_tasks if name not in self.task_names]:
-            raise UserError(f"evaluation.exclude_tasks: {unknown} is none of the tasks {', '.join(self.task_names)}.")
-        if set(self.exclude_tasks) == set(self.task_names):
-            raise UserError("evaluation.exclude_tasks: leaves no task to evaluate. Set evaluation.strategy: none.")
+        self.limit_evaluations(max_evaluation_conversations, exclude_tasks or [])
         self.cache_settings = CacheSettings(
             directory=expanded(cache_dir).absolute() if cache_dir else default_cache_dir(),
             processes=preprocessing_num_workers or available_cores(),
@@ -184,6 +179,19 @@ class MFTDataModule(L.LightningDataModule):
         )
         self.corpora: list[Corpus] = []
         self.tables: dict[str, TokenTable] | None = None
+
+    def limit_evaluations(self, per_task: int | None, exclude_tasks: list[str]) -> None:
+        """Evaluate at most so many conversations of each task, and none of some.
+
+        Raises:
+            UserError: a task that is not there, or no task left.
+        """
+        self.max_evaluation_conversations = per_task
+        self.exclude_tasks = exclude_tasks
+        if unknown := [name for name in self.exclude_tasks if name not in self.task_names]:
+            raise UserError(f"evaluation.exclude_tasks: {unknown} is none of the tasks {', '.join(self.task_names)}.")
+        if set(self.exclude_tasks) == set(self.task_names):
+            raise UserError("evaluation.exclude_tasks: leaves no task to evaluate. Set evaluation.strategy: none.")
 
     @property
     def task_names(self) -> list[str]:

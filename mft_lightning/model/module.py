@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -165,9 +166,8 @@ class MFTModule(EvaluatedModule):
             trust_remote_code=trust_remote_code,
             seed=seed,
         )
-        self.product_dtype = getattr(torch, product_dtype)
-        self.peft_type, self.lora = peft_type, lora
-        self.quantization = qlora.resolved(product_dtype) if peft_type == "qlora" else None
+        self.peft_type, self.lora, self.qlora = peft_type, lora, qlora
+        self.use_dtypes(dtype, product_dtype)
         self.checkpoint_activations = checkpoint_activations
         self.compile_layers = compile_layers
         self.pad_vocab_to_multiple_of = pad_vocab_to_multiple_of
@@ -197,6 +197,12 @@ class MFTModule(EvaluatedModule):
         self.last_step: StepResult | None = None
 
     # ---------------------------------------------------------------- setting up
+
+    def use_dtypes(self, dtype: str, product_dtype: str) -> None:
+        """Hold weights and multiply matrices in these types; before the network is made."""
+        self.source = replace(self.source, dtype=getattr(torch, dtype))
+        self.product_dtype = getattr(torch, product_dtype)
+        self.quantization = self.qlora.resolved(product_dtype) if self.peft_type == "qlora" else None
 
     @property
     def undivided(self) -> str | None:

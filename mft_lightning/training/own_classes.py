@@ -54,7 +54,8 @@ def count_steps_taken(trainer: L.Trainer) -> None:
     connector = trainer._logger_connector
     log = connector.log_metrics
 
-    def at_steps_taken(metrics: Any, step: int | None = None) -> None:
-        log({"step": trainer.global_step, **metrics} if step is None and metrics else metrics, step)
+    def at_steps_taken(metrics: dict[str, Any], step: int | None = None) -> None:
+        placed: dict[str, Any] = {"step": trainer.global_step, **metrics}
+        log(placed if step is None and metrics else metrics, step)
 
     connector.log_metrics = at_steps_taken  # type: ignore[method-assign]
