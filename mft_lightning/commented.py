@@ -7,9 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mft_lightning.schema import Node, allowed, choices
-from mft_lightning.yaml_text import as_yaml
-
-WIDTH = 120
+from mft_lightning.yaml_text import as_yaml, comment_lines
 
 
 def commented(keys: Mapping[str, Any], schema: Node, documented: Callable[[str], str]) -> str:
@@ -25,20 +23,19 @@ def commented(keys: Mapping[str, Any], schema: Node, documented: Callable[[str],
 
 
 def _block(name: str, value: Any, node: Node, documented: Callable[[str], str], group: str) -> str:
-    about = _about(node)
+    about, indent = _about(node), "  " * group.count(".")
     if "properties" not in node:
-        return textwrap.indent(_comment(about) + as_yaml({name: value}), "  " * group.count("."))
+        return _comment(about, indent) + textwrap.indent(as_yaml({name: value}), indent)
     parts, within = node["properties"], f"{group}{name}."
     inner = "".join(_block(part, held, parts[part], documented, within) for part, held in value.items())
-    indent = "  " * group.count(".")
-    return textwrap.indent(_comment(f"{about} See {documented(group + name)}."), indent) + f"{indent}{name}:\n{inner}"
+    return f"{_comment(f'{about} See {documented(group + name)}.', indent)}{indent}{name}:\n{inner}"
+
+
+def _comment(text: str, indent: str) -> str:
+    return "".join(f"{line}\n" for line in comment_lines(text, f"{indent}# "))
 
 
 def _about(node: Node) -> str:
     about = node.get("description", "").rstrip(".") + "."
     listed = [str(choice) for choice in choices(node)]
     return about if all(choice in about for choice in listed) else f"{about} It takes {allowed(node)}."
-
-
-def _comment(text: str) -> str:
-    return "".join(f"# {line}\n" for line in textwrap.wrap(text, WIDTH - 2, break_on_hyphens=False))

@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 
 from mft_lightning.class_errors import class_error
-from mft_lightning.errors import UserError, misread
+from mft_lightning.errors import UserError, misread, nearest
 from mft_lightning.schema import Node, allowed, choices, keys_of, schema_of, takes
 
 Documented = Callable[[str], str]  # a key -> where it is documented
@@ -98,7 +98,7 @@ def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: D
         if match := re.search(pattern, message):
             found = match.groupdict()
             key = f"{found['group']}.{found['key']}" if found.get("group") else found["key"]
-            near = _nearest(key, known)
+            near = _nearest_key(key, known)
             advice = f" The nearest is {near}. See {documented(near)}." if near is not None else ""
             return f"{key}: there is no such key.{advice}"
     if (match := re.search(_NO_NAMES, message, re.DOTALL)) and (values := _no_text(match["value"])):
@@ -134,10 +134,9 @@ def refusal(key: str, value: Any, node: Node, documented: Documented) -> str:
         return f"{key}: is missing. Give it in a --config file or on the command line. See {documented(key)}."
     shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     taken = f"{key}: {shown if len(shown) <= 80 else f'{shown[:77]}...'} is refused; it takes {allowed(node)}."
-    near = difflib.get_close_matches(str(value), map(str, choices(node)), n=1)
     if value is None:
         taken += f" Leave it out for its default, {node['default']}."
-    return " ".join([taken, *([f"The nearest is {near[0]}."] if near else []), f"See {documented(key)}."])
+    return f"{taken}{nearest(str(value), map(str, choices(node)))} See {documented(key)}."
 
 
 def _given(why: str) -> Any:
@@ -161,7 +160,7 @@ def _no_text(written: str) -> list[object]:
     return values if all(value is None or isinstance(value, bool | int | float) for value in values) else []
 
 
-def _nearest(key: str, known: Set[str]) -> str | None:
+def _nearest_key(key: str, known: Set[str]) -> str | None:
     """The known key that is spelt most alike, as a whole or in its last part."""
     last = {name.rpartition(".")[2]: name for name in sorted(known, reverse=True)}
     near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.7)

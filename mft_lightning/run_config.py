@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from mft_lightning.aside import written_aside
 from mft_lightning.data.datamodule import MFTDataModule
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, nearest
 from mft_lightning.key_errors import instantiate
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings
@@ -238,9 +237,8 @@ def _found_config(name: str) -> str:
     path = Path(found)
     if path.name == found and path.suffix in (".yaml", ".yml") and not path.exists():
         shipped = sorted(file.name for file in (ROOT / CONFIGS).glob("*.yaml"))
-        near = difflib.get_close_matches(name, shipped, n=1)
         raise UserError(
             f"--config {name}: there is no such file here, nor among the shipped ones: {', '.join(shipped)}."
-            + (f" The nearest is {near[0]}." if near else "")
+            + nearest(name, shipped)
         )
     return found

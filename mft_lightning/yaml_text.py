@@ -1,10 +1,13 @@
-"""YAML that the parser of a run reads back as it was."""
+"""YAML that the parser of a run reads back as it was, and comments in it."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 
 import yaml
+
+WIDTH = 110  # of comments
 
 
 class _Dumper(yaml.SafeDumper):
@@ -19,3 +22,10 @@ _Dumper.add_implicit_resolver(
 def as_yaml(keys: dict[str, object]) -> str:
     """Nested keys and their values as text, in their order."""
     return yaml.dump(keys, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+def comment_lines(text: str, begin: str = "# ") -> list[str]:
+    """The lines of a comment, each of which begins so."""
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=begin, subsequent_indent=begin, break_long_words=False, break_on_hyphens=False
+    )

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, nearest
 from mft_lightning.moving_over.draft import Draft
 from mft_lightning.moving_over.ignored_options import HARMLESS, LAUNCHERS_OWN
 from mft_lightning.moving_over.old_options import CONFIG, DEFAULTS, OPTIONS
-from mft_lightning.moving_over.old_values import Given, is_open, nearest, read_value
+from mft_lightning.moving_over.old_values import Given, is_open, read_value
 from mft_lightning.moving_over.shell_expansion import as_written
 
 DEFAULT = "not given; the original's default"
@@ -116,7 +116,7 @@ class Conversion:
         """
         for name, given in self.given.items():
             if name not in OPTIONS:
-                raise UserError(f"{given.where}: the original has no such option.{nearest(name, OPTIONS)}")
+                raise UserError(f"{given.where}: the original has no such option.{nearest(name, OPTIONS, 0.75)}")
             self._finish(name, given)
         for name, given in self.launched.items():
             if name not in OPTIONS:

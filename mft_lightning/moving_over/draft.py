@@ -7,9 +7,8 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
-from mft_lightning.yaml_text import as_yaml
+from mft_lightning.yaml_text import WIDTH, as_yaml, comment_lines
 
-WIDTH = 110
 ORDER = (
     "seed_everything",
     "output_dir",
@@ -55,18 +54,18 @@ class Draft:
 
     def text(self, title: str) -> str:
         """The configuration as YAML with comments; ``title`` is the first of them."""
-        lines = _comment(title)
+        lines = comment_lines(title)
         if opened := self.left_open():
             told = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in opened.items())
-            lines += _comment(f"Left open, to be set in the environment of each run, or written in here: {told}.")
+            lines += comment_lines(f"Left open, to be set in the environment of each run, or written in here: {told}.")
         for remark in self.remarks:
-            lines += _comment(remark)
+            lines += comment_lines(remark)
         groups = [line for group in ORDER for line in self._group(group)]
         lines += groups if groups[:1] == [""] else ["", *groups]
         if self.ignored:
             lines += ["", "# Without a key here:"]
             for name, why in self.ignored:
-                lines += _comment(f"{name}: {why}", indent="#   ")
+                lines += comment_lines(f"{name}: {why}", "#   ")
         return "\n".join(lines) + "\n"
 
     def _group(self, group: str) -> list[str]:
@@ -91,7 +90,7 @@ class Draft:
         short = f"{written} # {comments[0]}" if len(comments) == 1 and "\n" not in written else ""
         if short and len(short) <= WIDTH:
             return [short]
-        above = [line for comment in comments for line in _comment(comment, indent=f"{indent}# ")]
+        above = [line for comment in comments for line in comment_lines(comment, f"{indent}# ")]
         return [*above, *written.splitlines()]
 
 
@@ -100,9 +99,3 @@ def yaml_variables(value: object) -> list[str]:
     if isinstance(value, list):
         return [name for item in value for name in yaml_variables(item)]
     return re.findall(r"\$\{(\w+)\}", value) if isinstance(value, str) else []
-
-
-def _comment(text: str, indent: str = "# ") -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )

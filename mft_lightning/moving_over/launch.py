@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, nearest
 from mft_lightning.moving_over.old_options import OPTIONS
-from mft_lightning.moving_over.old_values import Given, nearest
+from mft_lightning.moving_over.old_values import Given
 from mft_lightning.moving_over.shell_commands import Command, Script
 from mft_lightning.moving_over.shell_expansion import as_written
 
@@ -142,4 +142,4 @@ def _whole_name(name: str, where: str) -> str:
         return longer[0]
     if longer:
         raise UserError(f"{where}: is short for several options: {', '.join(longer)}. Write it out.")
-    raise UserError(f"{where}: the original has no such option.{nearest(name, OPTIONS)}")
+    raise UserError(f"{where}: the original has no such option.{nearest(name, OPTIONS, 0.75)}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,12 +60,6 @@ def read_value(given: Given, kind: Kind) -> Any:
 def is_open(value: object) -> bool:
     """Whether a value that was read has an open part."""
     return isinstance(value, str) and "${" in value
-
-
-def nearest(name: str, known: Collection[str]) -> str:
-    """A sentence with the known name that is spelt most alike; empty where none is."""
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.75)
-    return f" The nearest is {near[0]}." if near else ""
 
 
 def _flag(given: Given) -> bool:
