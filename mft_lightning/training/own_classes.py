@@ -24,7 +24,23 @@ class StopTogether(L.Callback):
         trainer.should_stop = ranks.highest(int(trainer.should_stop)) > 0
 
 
-def check_loggers(loggers: Sequence[Logger]) -> None:
+def listed(value: Any) -> list[Any]:
+    """The objects of a key that takes one, several, or null."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def with_own_loggers(loggers: list[Logger], given: Any) -> list[Logger]:
+    """The loggers of a run, and beside them those of ``trainer.logger``; none where it is false."""
+    if given is False:
+        return []
+    own = [] if given is True else listed(given)
+    _check_loggers(own)
+    return [*loggers, *own]
+
+
+def _check_loggers(loggers: Sequence[Logger]) -> None:
     """Refuse what loggers would leave undone without a word.
 
     Raises:

@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar, Timer
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -29,7 +28,7 @@ from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.introduction import Introduction
 from mft_lightning.training.layout import find_layout, slurm_task
 from mft_lightning.training.loggers import MetricsCSV, PlainLines
-from mft_lightning.training.own_classes import StopTogether, check_loggers, count_steps_taken
+from mft_lightning.training.own_classes import StopTogether, count_steps_taken, listed, with_own_loggers
 from mft_lightning.training.progress import Pace, RunBar
 from mft_lightning.training.signals import EndAtOnce
 from mft_lightning.training.skipped_steps import SKIPPED_STEPS, SkippedSteps
@@ -141,10 +140,11 @@ def fit_trainer(
     timer = _timer(keys["max_time"]) if keys.get("max_time") is not None else None
     callbacks += [timer] if timer is not None else []
     callbacks += extra_callbacks
-    loggers = _loggers(keys.get("logger"), tensorboard_dir, introduction, output_dir, resumed_step)
+    curves = Curves(tensorboard_dir, resumed_step, introduction)
+    loggers = with_own_loggers([curves, MetricsCSV(output_dir / "metrics.csv", resumed_step)], keys.get("logger"))
     skipped = SkippedSteps(output_dir / SKIPPED_STEPS)
     callbacks += [StepLogging(keys["log_every_n_steps"], skipped, measures_peak=bool(loggers)), skipped]
-    if own := _listed(keys.get("callbacks")):
+    if own := listed(keys.get("callbacks")):
         callbacks += [*own, StopTogether()]
     callbacks.append(Balancing())
     if checkpoint_io.module.source.init == "random":
@@ -163,7 +163,7 @@ def fit_trainer(
             **keys,
             "callbacks": callbacks,
             "logger": loggers,
-            "plugins": [*_listed(keys.get("plugins")), *slurm_task(), checkpoint_io],
+            "plugins": [*listed(keys.get("plugins")), *slurm_task(), checkpoint_io],
             "max_time": None,
             "enable_progress_bar": bar,
             "default_root_dir": output_dir,
@@ -178,18 +178,6 @@ def fit_trainer(
     return trainer
 
 
-def _loggers(
-    given: Any, tensorboard_dir: Path, introduction: Callable[[], Introduction], output_dir: Path, resumed_step: int
-) -> list[Logger]:
-    """Those of a run, and beside them the user's own; none where ``trainer.logger`` is false."""
-    if given is False:
-        return []
-    own = [] if given is True else _listed(given)
-    check_loggers(own)
-    curves = Curves(tensorboard_dir, resumed_step, introduction)
-    return [curves, MetricsCSV(output_dir / "metrics.csv", resumed_step), *own]
-
-
 def evaluation_trainer(
     keys: dict[str, Any],
     settings: RunSettings,
@@ -199,7 +187,7 @@ def evaluation_trainer(
 ) -> L.Trainer:
     """The Trainer of ``validate``, ``test`` and ``predict``: by itself it writes nothing."""
     bar = _shows_bar(keys)
-    callbacks = [EndAtOnce(), *_listed(keys.get("callbacks")), *_asking(settings, 0), *extra_callbacks]
+    callbacks = [EndAtOnce(), *listed(keys.get("callbacks")), *_asking(settings, 0), *extra_callbacks]
     callbacks += [RunBar()] if bar and not _own_bar(keys) else []
     return _trainer(
         {
@@ -208,7 +196,7 @@ def evaluation_trainer(
             "logger": False,
             "enable_checkpointing": False,
             "enable_progress_bar": bar,
-            "plugins": [*_listed(keys.get("plugins")), *slurm_task(), checkpoint_io],
+            "plugins": [*listed(keys.get("plugins")), *slurm_task(), checkpoint_io],
             "default_root_dir": output_dir,
             "use_distributed_sampler": False,
         }
@@ -233,7 +221,7 @@ def _shows_bar(keys: dict[str, Any]) -> bool:
 
 def _own_bar(keys: dict[str, Any]) -> bool:
     """Whether ``trainer.callbacks`` brings a progress bar; Lightning takes one."""
-    return any(isinstance(callback, ProgressBar) for callback in _listed(keys.get("callbacks")))
+    return any(isinstance(callback, ProgressBar) for callback in listed(keys.get("callbacks")))
 
 
 def check_pages(accelerator: Any) -> None:
@@ -296,9 +284,3 @@ def _trainer(keys: dict[str, Any]) -> L.Trainer:
         return L.Trainer(**keys)
     except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
-
-
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
