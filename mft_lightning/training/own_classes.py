@@ -15,13 +15,31 @@ from mft_lightning.training.loggers import MetricsCSV, PlainLines
 
 
 class StopTogether(L.Callback):
-    """All ranks stop where a callback before this one set ``trainer.should_stop`` at the end of a step on one of them.
+    """All ranks stop where a callback before this one set ``trainer.should_stop`` on one of them.
 
-    Lightning leaves that to the callback, and ranks that go on alone wait for the others until they time out.
+    Lightning leaves that to the callback, and ranks that go on alone wait for the others until they time out. A run's
+    own :class:`~mft_lightning.training.signals.GracefulStop` agrees too, but before the user's callbacks are asked.
     """
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _agree(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _agree(trainer)
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
-        trainer.should_stop = ranks.highest(int(trainer.should_stop)) > 0
+        _agree(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _agree(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            _agree(trainer)
+
+
+def _agree(trainer: L.Trainer) -> None:
+    trainer.should_stop = ranks.highest(int(trainer.should_stop)) > 0
 
 
 def listed(value: Any) -> list[Any]:
