@@ -40,6 +40,7 @@ PAGES = {
     "model.qlora": "docs/training.md#qlora",
     "model.peft_type": _LORA,
     "model.checkpoint_activations": "docs/memory.md",
+    "model.compile_layers": "docs/speed.md#compiled-layers",
     **dict.fromkeys(
         (
             *("model.optimizer", "model.learning_rate", "model.min_lr", "model.num_warmup_steps", "model.weight_decay"),
