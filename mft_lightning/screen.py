@@ -56,18 +56,27 @@ def reader_may_leave() -> Iterator[None]:
 class Grid:
     """A table: the first column and those named in ``left`` stand to the left, numbers to the right.
 
-    Where the screen is too narrow its columns become rows, and where that does not fit either each row a paragraph.
+    Where the screen is too narrow it does without what is ``spare``, the first of it first, and says so; its columns
+    become rows where that does not help, and each row a paragraph where that does not fit either.
     """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: Sequence[str] = ()
+    spare: Sequence[str] = ()
 
     def __rich_console__(self, screen: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         for folded in (False, True):  # names of columns fold between their words, numbers never
             widths = self._widths(folded)
             if sum(widths) + GAP * len(widths) <= options.max_width:
                 yield self._table(widths)
+                return
+        for count in range(1, len(self.spare) + 1):
+            less = self._without(self.spare[:count])
+            widths = less._widths(folded=True)
+            if sum(widths) + GAP * len(widths) <= options.max_width:
+                yield less._table(widths)
+                yield Text(f"(a wider screen has {' and '.join(self.spare[:count])} too)")
                 return
         turned = Grid(("", *(row[0] for row in self.rows)), list(zip(self.columns, *self.rows, strict=True))[1:])
         widths = turned._widths(folded=False)
@@ -78,6 +87,14 @@ class Grid:
             named = zip(self.columns[1:], row[1:], strict=True)
             yield Text(row[0], style="bold")
             yield Text("  " + ", ".join(f"{name} {cell}" for name, cell in named if cell))
+
+    def _without(self, names: Sequence[str]) -> Grid:
+        kept = [number for number, name in enumerate(self.columns) if name not in names]
+        return Grid(
+            [self.columns[number] for number in kept],
+            [[row[number] for number in kept] for row in self.rows],
+            self.left,
+        )
 
     def _widths(self, folded: bool) -> list[int]:
         widths = []

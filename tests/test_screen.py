@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_a_narrow_table_folds_its_names_then_turns_then_becomes_paragraphs() -> 
     turned = [line.split() for line in printed(50).splitlines()]
     assert turned[0] == ["code_explanation", "x"] and turned[1] == ["conversations", "1,000", "7"] and len(turned) == 4
     assert printed(30).splitlines()[:2] == ["code_explanation", "  conversations 1,000, "]
+
+
+def test_a_narrow_table_does_without_what_is_spare_and_says_so() -> None:
+    file = io.StringIO()
+    spare = replace(GRID, spare=("supervised tokens", "conversations"))
+    Console(file=file, width=50).print(spare)
+    lines = file.getvalue().splitlines()
+    assert lines[0].split() == ["task", "conversations", "left", "out"] and len(lines) == 4
+    assert lines[-1].rstrip() == "(a wider screen has supervised tokens too)"
 
 
 def test_wide_letters_count_twice() -> None:

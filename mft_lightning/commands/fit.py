@@ -17,10 +17,10 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from mft_lightning import ranks
 from mft_lightning.aside import written_aside
-from mft_lightning.commands.dry_run import check_first_step
 from mft_lightning.commands.introducing import introduction
 from mft_lightning.commands.outcome import run_summary, task_results
 from mft_lightning.commands.report import SKIPPED, run_plan
+from mft_lightning.commands.step_memory import step_memory
 from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.model.compiled import require_compiler
@@ -134,14 +134,27 @@ def _train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
     )
     if module.compile_layers:
         require_compiler(trainer.strategy.root_device)
-    plan = run_plan(trainer, module, datamodule, total_steps=total_steps, output_dir=config.output_dir, resumed=resumed)
+    memory, too_much = _memory(trainer, config)
+    plan = run_plan(
+        trainer,
+        module,
+        datamodule,
+        total_steps=total_steps,
+        memory=memory,
+        output_dir=config.output_dir,
+        resumed=resumed,
+    )
     if resumed is not None:
         notes += changed_layout(resumed.path, trainer.world_size, config.settings.parallel.tensor_parallel_size)
     if settings.evaluation.samples_per_task and not shows_samples(keys):
         notes.append("note: evaluation.samples_per_task: trainer.logger: false shows no samples; none are asked.")
+    if too_much and not config.dry_run:
+        notes.append(f"note: {too_much}")
     say(*plan, *notes)
     if config.dry_run:
-        check_first_step(trainer, config)
+        next(iter(datamodule.train_dataloader()))
+        if too_much:
+            raise UserError(too_much)
         say("", f"dry run: a run can start so. Nothing was trained, or written to {shown(config.output_dir)}.")
         return None, None
     start = time.perf_counter()
@@ -153,6 +166,15 @@ def _train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
             f"stopped by {stop.received.name}{'' if trainer.global_step < total_steps else ' when all steps were done'}"
         )
     return trainer, stop.received
+
+
+def _memory(trainer: L.Trainer, config: Run) -> tuple[str, str]:
+    """What the steps need, or why that is not known; and, where that is more than there is, that and what to do."""
+    try:
+        found = step_memory(trainer, config)
+    except UserError as error:  # a kind of model or strategy that cannot be counted
+        return f"not known: {error}", ""
+    return str(found), "" if found.fits else f"memory: {found.warning}"
 
 
 def _load(checkpoint_io: HFCheckpointIO, path: Path, config: Run) -> list[str]:

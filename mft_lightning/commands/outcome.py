@@ -27,6 +27,7 @@ COLUMNS = (
     "token accuracy",
     "exact match",
 )
+SPARE = ("perplexity", "supervised tokens")  # the exponential of a loss, and how much it was measured on
 
 
 def task_results(
@@ -72,7 +73,9 @@ def task_results(
     rows.append([*mean, _number(metrics.get(f"{prefix}/loss")), "", "", ""])
     used = [number for number in range(len(COLUMNS)) if any(row[number] for row in rows)]
     titles = [datamodule.policy.unit if name == "conversations" else name for name in COLUMNS]
-    return Grid([titles[number] for number in used], [[row[number] for number in used] for row in rows])
+    shown_titles = [titles[number] for number in used]
+    spare = [name for name in SPARE if name in shown_titles]
+    return Grid(shown_titles, [[row[number] for number in used] for row in rows], spare=spare)
 
 
 def run_summary(output_dir: Path, tensorboard_dir: Path, settings: CheckpointSettings, go_on: str) -> Lines:

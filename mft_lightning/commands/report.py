@@ -19,6 +19,7 @@ from mft_lightning.model.product_dtype import computes_bfloat16
 from mft_lightning.model.whole_modules import are_embeddings_whole
 from mft_lightning.screen import Grid, labelled, shown
 from mft_lightning.training.checkpoint_dirs import CheckpointInfo
+from mft_lightning.weighting.modes import MEANING
 
 Lines = list[str | Text | Grid]
 SKIPPED = "skipped.jsonl"  # in the output directory: all bad records that were left out
@@ -30,10 +31,11 @@ def run_plan(
     datamodule: MFTDataModule,
     *,
     total_steps: int,
+    memory: str,
     output_dir: Path,
     resumed: CheckpointInfo | None,
 ) -> Lines:
-    """Tasks, steps, parameters and layout of a run that is about to start."""
+    """Tasks, steps, parameters, layout and memory of a run that is about to start."""
     plan, optim = datamodule.plan, module.optim
     assert module.network is not None
     trainable, total = count_parameters(module.network)
@@ -57,12 +59,13 @@ def run_plan(
                 ("parameters", f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.2%})"),
                 ("batch", batch_line(datamodule)),
                 *([("sampling", sampling_line(plan, datamodule.task_names))] if plan.draws else []),
-                ("loss", module.weighting),
+                ("loss", f"{module.weighting}: {MEANING.get(module.weighting, 'weights of tasks move')}"),
                 (
                     "steps",
                     f"{total_steps:,} ({plan.steps_per_epoch:,} an epoch), warm-up {optim.num_warmup_steps}, {rate}",
                 ),
                 ("device", _device_line(trainer)),
+                ("memory", memory),
                 ("output", shown(output_dir) + (f", going on from {resumed.path.name}" if resumed else "")),
             ]
         ),

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from mft_lightning.aside import written_aside
 from mft_lightning.training.progress import Pace
+from mft_lightning.training.task_losses import in_a_line, of_tasks
 
 
 class PlainLines(Logger):
@@ -40,13 +41,14 @@ class PlainLines(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if "val/loss" in metrics:
-            each = [f"{k[9:]} {v:.4f}" for k, v in metrics.items() if k.startswith("val/loss/")]
-            self._print(step, f"val/loss {metrics['val/loss']:.4f}  ({'  '.join(each)})")
+            each = in_a_line(of_tasks(metrics, "val/loss"))
+            self._print(step, f"val/loss {metrics['val/loss']:.4f}  ({each})")
         elif "train/grad_norm" in metrics and self.pace is not None:  # of a skipped step another line tells
             left = self.pace.left(step or 0)
             line = (
-                f"loss {metrics['train/loss']:.4f}  lr {metrics['train/lr']:.2e}  grad norm "
-                f"{metrics['train/grad_norm']:.3f}  {metrics['train/tokens_per_second']:,.0f} tokens/s"
+                f"loss {metrics['train/loss']:.4f}  ({in_a_line(of_tasks(metrics, 'train/loss'))})  lr "
+                f"{metrics['train/lr']:.2e}  grad norm {metrics['train/grad_norm']:.3f}  "
+                f"{metrics['train/tokens_per_second']:,.0f} tokens/s"
             )
             self._print(step, line + (f"  {left} left" if left else ""))
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, Timer
+from rich.console import RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+from torch import Tensor
 
 from mft_lightning.screen import console, duration
+from mft_lightning.training.task_losses import in_a_line, of_tasks
 
+LINES = 2  # of losses below the bars
 WIDE_ENOUGH = 80  # columns of a terminal that has room for the bar beside its numbers
 
 
@@ -41,8 +46,20 @@ class Pace:
         return duration(left if limit is None else max(0.0, min(left, limit)))
 
 
+class _Bars(Progress):
+    """Bars, and below them the losses of tasks, as many as there is room for."""
+
+    losses: Mapping[str, float] = {}  # replaced, never written
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        # without losses it is drawn before there is a console
+        if self.losses and (said := in_a_line(self.losses, LINES * self.console.width)):
+            yield Text(said)
+
+
 class RunBar(ProgressBar):
-    """One bar over all optimizer steps of a run, with loss, tokens/s and time left, and one for each validation.
+    """One bar over all optimizer steps of a run, with losses, tokens/s and time left, and one for each validation.
 
     Lightning's own bars go over an epoch (https://github.com/Lightning-AI/pytorch-lightning/issues/20862).
     What is printed while it is shown comes to stand above it.
@@ -52,9 +69,10 @@ class RunBar(ProgressBar):
         super().__init__()
         self.total_steps, self.pace = total_steps, pace or Pace(total_steps)
         self._enabled = True
-        self._progress: Progress | None = None
+        self._progress: _Bars | None = None
         self._run: TaskID | None = None
         self._part: TaskID | None = None
+        self._told: dict[str, Tensor] = {}  # metrics as they were when the losses below the bar were new
 
     def disable(self) -> None:
         self._enabled = False
@@ -76,6 +94,10 @@ class RunBar(ProgressBar):
         if "train/loss" in metrics:
             parts.append(f"loss {float(metrics['train/loss']):.4f}")
             parts.append(f"{float(metrics['train/tokens_per_second']):,.0f} tokens/s")
+            if metrics["train/loss"] is not self._told.get("train/loss"):  # another step was logged
+                fresh = {name: value for name, value in metrics.items() if value is not self._told.get(name)}
+                self._progress.losses = of_tasks(fresh, "train/loss")
+                self._told = dict(metrics)
         if left := self.pace.left(step):
             parts.append(f"{left} left")
         self._progress.update(self._run, completed=step, said="  ".join(parts))
@@ -128,7 +150,7 @@ class RunBar(ProgressBar):
             numbers, said = TextColumn("{task.completed:.0f}/{task.total:.0f}"), TextColumn("{task.fields[said]}")
             columns = (TextColumn("{task.description}"), *bar, numbers, said)
             # else a file that standard error was sent to would miss the warnings
-            self._progress = Progress(*columns, console=screen, redirect_stderr=sys.stderr.isatty())
+            self._progress = _Bars(*columns, console=screen, redirect_stderr=sys.stderr.isatty())
             self._progress.start()
         return self._progress.add_task(description, total=total, completed=completed, said="")
 

@@ -13,6 +13,12 @@ from mft_lightning.weighting.static import StaticMode
 
 WeightingMode = Literal["case1", "case2", "case3", "case4", "coba", "famo"]
 OwnBalancer = Callable[[int], Balancer]  # a user's, of so many tasks
+MEANING = {  # in a few words
+    "case1": "tokens count alike",
+    "case2": "conversations count alike",
+    "case3": "tasks count alike, and tokens within a task",
+    "case4": "tasks count alike, and conversations within a task",
+}
 TASK_WEIGHTED_MODES = ("case3", "case4")  # those that take weights
 
 

@@ -63,7 +63,19 @@ def test_the_start(fit: Callable[..., Path], tmp_path: Path, capsys: pytest.Capt
     assert "16 conversations a step = 2 micro-batch(es) of 8" in said["batch"] and "130 tokens" in said["batch"]
     assert said["steps"].startswith("2 (") and "warm-up 2" in said["steps"] and "cosine" in said["steps"]
     assert said["device"] == "1 x cpu, precision 32-true" and said["output"] == str(tmp_path / "run")
-    assert said["loss"] == "case3" and "sampling" not in said
+    assert said["loss"].startswith("case3: tasks count alike") and "sampling" not in said
+    assert re.fullmatch(r"about 0\.0\d GiB in a step, of \d+\.\d GiB for each process", said["memory"])
+
+
+def test_a_run_that_does_not_fit_is_told_so_before_it_tries(
+    fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mft_lightning.commands.step_memory._memory", lambda trainer: 1000)
+    fit(tmp_path / "run", "--trainer.max_steps", "1")
+    printed = capsys.readouterr().out
+    notes = [line for line in printed.splitlines() if line.startswith("note: memory: ")]
+    assert len(notes) == 1 and printed.index(notes[0]) < printed.index("step 0/1")
+    assert "What needs less: python -m mft_lightning estimate --config" in notes[0]
 
 
 def test_the_start_of_a_run_by_tokens_at_rates(
@@ -119,6 +131,10 @@ def test_plain_lines_tell_the_time_left(
     printed = capsys.readouterr().out
     lines = re.findall(r"^step (\d)/8  loss .* tokens/s(?:  \d:\d\d left)?$", printed, re.MULTILINE)
     assert lines == ["1", "2", "3", "4", "5", "6", "7", "8"]
+    first, rows = re.search(r"^step 1/8  loss .* \((.*)\)  lr ", printed, re.MULTILINE), metrics(tmp_path / "run")
+    assert first and first[1].split("  ") == [
+        f"{task} {float(rows[1][f'train/loss/{task}']):.4f}" for task in TASKS if rows[1][f"train/loss/{task}"]
+    ]
     assert len(re.findall(r"\d:\d\d left$", printed, re.MULTILINE)) == 7 and "\x1b" not in printed
 
 

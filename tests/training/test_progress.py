@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import io
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
+from rich.console import Console
 
 from mft_lightning.training import progress
-from mft_lightning.training.progress import Pace
+from mft_lightning.training.progress import Pace, RunBar
 
 
 class Clock:
@@ -57,3 +63,29 @@ def test_a_time_limit_may_come_first(clock: Clock) -> None:
     clock.now += 90
     assert pace.left(10) == "1:01"
     assert Pace(300, MaxTime(-5.0)).left(1) == ""  # type: ignore[arg-type]
+
+
+def test_losses_below_the_bar_are_those_of_the_last_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "console", lambda: Console(file=file, width=70, force_terminal=True))
+    trainer: Any = SimpleNamespace(global_step=0, callback_metrics={})
+    module: Any = None
+    bar = RunBar(4)
+    bar.on_train_start(trainer, module)
+
+    def shown_after(**logged: float) -> str:
+        values = {name.replace("_", "/"): torch.tensor(value) for name, value in logged.items()}
+        trainer.callback_metrics |= values
+        trainer.global_step += 1
+        bar.on_train_batch_end(trainer, module)
+        assert bar._progress is not None
+        file.seek(0), file.truncate()
+        bar._progress.refresh()
+        return file.getvalue()
+
+    trainer.callback_metrics["train/tokens_per_second"] = torch.tensor(1.0)
+    assert "a 1.0000  b 3.0000" in shown_after(train_loss=2.0, train_loss_a=1.0, train_loss_b=3.0)
+    said = shown_after(train_loss=0.5, train_loss_b=0.5)
+    assert "b 0.5000" in said and "a 1.0000" not in said
+    assert "b 0.5000" in shown_after()  # of a step that was not logged
+    bar.on_train_end(trainer, module)

@@ -1,9 +1,10 @@
-"""``fit --dry_run``: what is still unknown once a run has been set up, up to its first step, of which none is taken."""
+"""The memory that the steps of a run need, beside what there is; said before the first one."""
 
 from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning as L
@@ -15,36 +16,59 @@ from mft_lightning.errors import UserError
 from mft_lightning.model.memory import peak
 from mft_lightning.model.step_setup import Sharing, StepSetup
 from mft_lightning.run_parser import DRY_RUN
-from mft_lightning.screen import labelled, say
 from mft_lightning.training.run import Run
 
 GIB = 2**30
 LOOKED_AT = 20  # steps of the first epoch, of which the largest micro-batch is taken
 
 
-def check_first_step(trainer: L.Trainer, run: Run) -> None:
-    """Load the first batch as training would, and say what memory the steps need.
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes that a step needs on a device, and that the device has.
+
+    Attributes:
+        need: as ``estimate`` counts them, to a tenth.
+        there: of a GPU, or a process's share of this machine.
+        whose: that is.
+        less: the command that tells what needs less; empty where a run has none.
+    """
+
+    need: int
+    there: int
+    whose: str
+    less: str
+
+    @property
+    def fits(self) -> bool:
+        return self.need <= self.there
+
+    def __str__(self) -> str:
+        return f"about {self.need / GIB:.2f} GiB in a step, of {self.there / GIB:.1f} GiB {self.whose}"
+
+    @property
+    def warning(self) -> str:
+        """For a run whose steps do not fit."""
+        return f"{self}." + (f" What needs less: {self.less}" if self.less else "")
+
+
+def step_memory(trainer: L.Trainer, run: Run) -> StepMemory:
+    """What the steps of a run need.
 
     Args:
         trainer: of the run, which has not begun.
         run: with its network built and its data set up.
 
     Raises:
-        UserError: the memory of a device is less than a step needs.
+        UserError: that is not known, and why.
     """
-    next(iter(run.datamodule.train_dataloader()))
-    try:
-        need = peak(_setup(trainer, run)).total
-    except UserError as error:  # of what it cannot count
-        say(*labelled([("memory", f"not known: {error}")]))
-        return
-    device, there = trainer.strategy.root_device, _memory(trainer)
-    whose = "of each device" if device.type == "cuda" else "of this machine for each process"
-    said = f"{need / GIB:.2f} GiB in a step, and about a tenth more, of the {there / GIB:.1f} GiB {whose}"
-    if need > there:
-        words = shlex.join(word for word in run.settings.command[1:] if word != f"--{DRY_RUN}")
-        raise UserError(f"memory: {said}. What needs less: python -m mft_lightning estimate {words}")
-    say(*labelled([("memory", said)]))
+    device = trainer.strategy.root_device
+    words = [word for word in run.settings.command[1:] if word != f"--{DRY_RUN}"]
+    return StepMemory(
+        need=peak(_setup(trainer, run)).total,
+        there=_memory(trainer),
+        whose="on each device" if device.type == "cuda" else "for each process",
+        less=f"python -m mft_lightning estimate {shlex.join(words)}" if words else "",
+    )
 
 
 def _setup(trainer: L.Trainer, run: Run) -> StepSetup:
