@@ -4,7 +4,8 @@ from __future__ import annotations
 
 _RUN = "docs/configuration.md#keys-of-the-whole-run"
 _LORA, _NEW_TOKENS = "docs/training.md#lora-and-its-relatives", "docs/training.md#tokens-that-are-new-to-the-model"
-_LOSSES, _RATE, _BATCHES = "docs/training.md#losses", "docs/training.md#learning-rate", "docs/training.md#batches"
+_WEIGHTINGS, _MOVING = "docs/losses.md", "docs/losses.md#weights-that-move"
+_RATE, _BATCHES = "docs/training.md#learning-rate", "docs/training.md#batches"
 _SPLITS, _MIXING, _VALIDATION = (
     "docs/data.md#splits",
     "docs/data.md#batch-size-and-mixing",
@@ -26,7 +27,7 @@ PAGES = {
     "data.gradient_accumulation_steps": _BATCHES,
     "data.total_train_batch_tokens": _MIXING,
     "data.task_sampling": _MIXING,
-    "data.task_weights": _LOSSES,
+    "data.task_weights": _WEIGHTINGS,
     "data.num_workers": _BATCHES,
     "data.preprocessing_num_workers": "docs/data.md#the-token-cache",
     "data.cache_dir": "docs/data.md#the-token-cache",
@@ -50,12 +51,11 @@ PAGES = {
         _RATE,
     ),
     **dict.fromkeys(
-        (
-            *("model.weighted_loss_mode", "model.coba", "model.famo"),
-            *("model.label_smoothing", "model.z_loss", "model.focal_gamma", "model.max_skipped_steps"),
-        ),
-        _LOSSES,
+        (*("model.weighted_loss_mode", "model.label_smoothing", "model.z_loss", "model.focal_gamma"),),
+        _WEIGHTINGS,
     ),
+    **dict.fromkeys(("model.coba", "model.famo"), _MOVING),
+    "model.max_skipped_steps": "docs/training.md#losses",
     "evaluation": _VALIDATION,
     "evaluation.samples_per_task": "docs/monitoring.md#answers-to-read",
     "early_stopping": _VALIDATION,
