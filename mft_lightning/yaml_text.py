@@ -25,7 +25,12 @@ def as_yaml(keys: dict[str, object]) -> str:
 
 
 def comment_lines(text: str, begin: str = "# ") -> list[str]:
-    """The lines of a comment, each of which begins so."""
+    """The lines of a comment, each of which begins so; what YAML takes for a line's end is a blank in it."""
     return textwrap.wrap(
-        text, WIDTH, initial_indent=begin, subsequent_indent=begin, break_long_words=False, break_on_hyphens=False
+        " ".join(text.split()),
+        WIDTH,
+        initial_indent=begin,
+        subsequent_indent=begin,
+        break_long_words=False,
+        break_on_hyphens=False,
     )

@@ -13,6 +13,7 @@ from mft_lightning.moving_over.shell_syntax import Word
 
 _ASSIGNMENT = re.compile(r"(?P<name>[A-Za-z_]\w*)(?P<add>\+?)=(?P<value>.*)", re.DOTALL)
 _DECLARING = ("export", "local", "declare", "typeset", "readonly")
+_SETTING = ("let", "read", "mapfile", "readarray", "getopts")  # in ways that are not followed
 _PREFIXES = ("exec", "nohup", "time", "command", "eval")
 
 
@@ -96,6 +97,15 @@ class Script:
             for text, _ in fields[1:]:
                 self.variables.values[text] = ""
             return True
+        if (
+            first in _SETTING
+            or re.match(r"\w+\[[^]]*\]\+?=", first)
+            or [text for text, _ in fields[:2]] == ["set", "--"]
+        ):
+            raise UserError(
+                f"{self.variables.file}:{fields[0][1]}: {first} sets variables in a way that is not followed. "
+                "Write NAME=VALUE for each."
+            )
         if first.startswith("-"):
             raise UserError(
                 f"{self.variables.file}:{fields[0][1]}: a command begins with {first}. The line before it ends without "

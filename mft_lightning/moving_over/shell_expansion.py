@@ -19,6 +19,7 @@ from mft_lightning.moving_over.shell_syntax import Part, Word, scan_quoted
 
 _OPEN, _CLOSE, _BLANK = "\x01", "\x02", "\x03"  # around the name of what is open, and in it; no script holds them
 _LEFT_OPEN = re.compile(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}")
+MOST = 1 << 20  # of a variable
 _SUMS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -81,7 +82,13 @@ class Variables:
             self._lenient = False
 
     def assign(self, name: str, value: str | list[str]) -> None:
-        """Set a variable. One that takes what a command says is open by its own name."""
+        """Set a variable. One that takes what a command says is open by its own name.
+
+        Raises:
+            UserError: it grows without end.
+        """
+        if len(value) > MOST:
+            raise UserError(f"{self.file}: {name} becomes longer than {MOST:,} characters. Write the launch out.")
         if isinstance(value, str) and any(found.startswith("$(") for found in open_names(value)):
             value = left_open(name)
         self.values[name] = value

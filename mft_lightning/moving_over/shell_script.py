@@ -29,7 +29,10 @@ def read_script(text: str, file: str, positional: Sequence[str], environment: Ma
         UserError: what cannot be read, or told without running it.
     """
     script = Script(Variables(file, positional, environment))
-    _Reader(scan(text, file), script).read()
+    try:
+        _Reader(scan(text, file), script).read()
+    except RecursionError as error:
+        raise UserError(f"{file}: is nested too deeply, or evaluates itself. Write the launch out.") from error
     return script
 
 
@@ -101,7 +104,8 @@ class _Reader:
             result = self.command()
             return None if result is None else not result
         word, token = self.plain(), self.peek()
-        assert token is not None
+        if token is None:
+            raise self.fail(self.tokens[-1].line, "the script ends where a command must stand.")
         if word in _REFUSED or self.defines_function():
             what = "a function" if self.defines_function() else f"a `{word}`"
             raise self.fail(
