@@ -13,6 +13,16 @@ from mft_lightning.moving_over.old_options import CONFIG, DEFAULTS, OPTIONS
 from mft_lightning.moving_over.old_values import Given, is_open, read_value
 from mft_lightning.moving_over.shell_expansion import as_written
 
+SHARING = (  # a launcher's options that decide how devices share weights, and where these are
+    *(
+        "zero_stage",
+        "offload_optimizer_device",
+        "offload_param_device",
+        "fsdp_sharding_strategy",
+        "fsdp_offload_params",
+    ),
+    *("use_deepspeed", "use_fsdp"),
+)
 DEFAULT = "not given; the original's default"
 
 
@@ -123,7 +133,17 @@ class Conversion:
                 self.draft.ignored.append((f"--{name}", f"of the launcher ({given.where.rpartition(':')[0]})"))
             elif name in LAUNCHERS_OWN:
                 self.draft.ignored.append((f"--{name}", OPTIONS[name].says))
+            elif name in SHARING and OPTIONS[name].key not in self.draft.values:
+                self.draft.ignored.append((f"--{name}", f"{as_written(given.value)}: {self._unshared(given.value)}"))
         self.draft.ignored = list(dict.fromkeys(self.draft.ignored))
+
+    def _unshared(self, value: str) -> str:
+        """Why what a launcher was told of sharing has no key."""
+        if value.lower() in ("none", "false"):
+            return "nothing moves to the host unless parallel.cpu_offload says so"
+        if self.draft.values.get("trainer.strategy") == "fsdp":
+            return "as fsdp does"
+        return "of fsdp alone (parallel.*), which this run is without: each device holds all of it"
 
     def _finish(self, name: str, given: Given) -> None:
         option = OPTIONS[name]

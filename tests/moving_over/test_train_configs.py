@@ -205,6 +205,19 @@ def test_a_launch_says_devices_precision_and_sharding(tmp_path: Path) -> None:
     assert {key: found.get(key) for key in expected} == expected
 
 
+def test_what_a_launch_says_of_sharing_is_told_where_nothing_is_shared(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "full_train_config.json").write_text(config("full"))
+    alone = LAUNCH.replace("--num_machines 2", "--num_machines 1").replace("$((2*$N_GPU_PER_NODE))", "1")
+    found = converted(tmp_path, alone, name="launch.sh")
+    assert "trainer.strategy" not in found.draft.values
+    told = dict(found.draft.ignored)
+    assert told["--offload_optimizer_device"].startswith("cpu: of fsdp alone (parallel.*), which this run is without")
+    assert told["--offload_param_device"].startswith("none: nothing moves") and "--zero_stage" in told
+    shared = dict(converted(tmp_path, LAUNCH, name="launch.sh").draft.ignored)
+    assert not {"--zero_stage", "--offload_optimizer_device", "--use_deepspeed"} & shared.keys()
+
+
 def test_what_a_launch_puts_in_the_place_of_the_files_keys(tmp_path: Path) -> None:
     more = ' --data_paths "[x,y]" --micro_batch_size 6 --output_dir other > training'
     found = launched(tmp_path, LAUNCH.replace(" > training", more))
