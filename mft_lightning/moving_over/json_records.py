@@ -70,8 +70,9 @@ class _Array:
             raise self.fail("something follows the array. Take it away.")
 
     def _element(self) -> Line:
-        if self._next() != "{":
-            raise self.fail("the array holds something that is no object. Mend it.")
+        if (sign := self._next()) != "{":
+            what = "a comma stands before its end" if sign == "]" else "it holds something that is no object"
+            raise self.fail(f"the array is not as it must be: {what if sign else 'the file ends in it'}. Mend it.")
         while True:
             try:
                 _, end = self.json.raw_decode(self.text, self.at)

@@ -175,14 +175,14 @@ def test_compressed_files_and_a_byte_order_mark(tmp_path: Path) -> None:
         (b'[{"a": 1}', ":1: the file ends where ',' must stand"),
         (b'[{"a": 1},\n{"b"', ":2: ends in the middle of a record."),
         (b'[{"a": 1}\n {"b": 1}]', ":2: '{' stands where ',' must stand"),
-        (b'[{"a": 1},]', ":1: the array holds something that is no object."),
-        (b"[1]", "the array holds something that is no object."),
+        (b'[{"a": 1},]', ":1: the array is not as it must be: a comma stands before its end."),
+        (b"[1]", "the array is not as it must be: it holds something that is no object."),
         (b'[{"a" 1}]', ":1: is not valid JSON (Expecting ':' delimiter)."),
         (b'[\n{"a": 1}] x', ":2: something follows the array."),
         (b'[{"a": "\xff"}]', "is not UTF-8 from here on."),
         (b"[" + b'{"a":' * 100_000, "nested too deeply"),
         (b'[{"a": "' + b"x" * (18 << 20), "has a record longer than 8 MiB."),
-        (b"[", "the array holds something that is no object."),
+        (b"[", "the array is not as it must be: the file ends in it."),
     ],
 )
 def test_a_damaged_array_is_told_with_its_line(tmp_path: Path, content: bytes, why: str) -> None:
