@@ -31,7 +31,7 @@ from mft_lightning.training.trainer import (
     product_dtype,
     weights_dtype,
 )
-from mft_lightning.variables import MODE
+from mft_lightning.variables import MODE, escaped
 from mft_lightning.yaml_text import as_yaml
 
 GROUPS = {
@@ -198,7 +198,7 @@ class RunConfig(LightningCLI):
     def save(self, file: Path) -> None:
         """Write the keys of the run as YAML."""
         with written_aside(file) as aside:
-            aside.write_text(as_yaml(self.keys), encoding="utf-8")
+            aside.write_text(as_yaml(escaped(self.keys)), encoding="utf-8")
 
 
 def _spelt_out(path: str | None) -> str | None:
@@ -231,8 +231,10 @@ def _found_config(name: str) -> str:
     """A config here or, by its bare name, a shipped one.
 
     Raises:
-        UserError: a bare name that neither has.
+        UserError: nothing, or a bare name that neither has.
     """
+    if not name:
+        raise UserError("--config: is empty. Give a YAML file, or leave it out.")
     found = shipped_config(name)
     path = Path(found)
     if path.name == found and path.suffix in (".yaml", ".yml") and not path.exists():

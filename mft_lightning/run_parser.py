@@ -17,7 +17,8 @@ from mft_lightning.key_errors import follows, parse, refusal
 from mft_lightning.schema import Node, class_form, keys_of, schema_of, takes
 from mft_lightning.training.strategies import SHORT_NAMES
 from mft_lightning.training.trainer import ELSEWHERE, WEIGHTS_DTYPE
-from mft_lightning.variables import read
+from mft_lightning.variables import escaped, read
+from mft_lightning.yaml_keys import key_lines
 
 DRY_RUN = "dry_run"  # fit's option that is of one start, and no key of the run
 
@@ -25,18 +26,44 @@ DRY_RUN = "dry_run"  # fit's option that is of one start, and no key of the run
 class RunParser(LightningArgumentParser):
     """A parser whose ``--print_config`` explains every key, and whose messages say what a key takes."""
 
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._places: dict[str, str] = {}  # of the keys of files: file and line, of the last file that has it
+
     def keys(self, argv: Sequence[str]) -> Namespace:
         """The keys of a command line.
 
         Raises:
             UserError: a key that is none, or a value that its key does not take.
         """
-        found = parse(self, argv, self.schema, page)
+        try:
+            found = parse(self, argv, self.schema, page)
+        except UserError as error:
+            raise UserError(self._placed(str(error), argv)) from error
         for key, node in keys_of(self.schema()):
             # jsonargparse lets it pass (``_check_value_key``): null is its own word for what is not given
             if found.get(key, ...) is None and "null" not in takes(node):
-                raise UserError(refusal(key, None, node, page))
+                raise UserError(self._placed(refusal(key, None, node, page), argv))
         return found
+
+    def _placed(self, message: str, argv: Sequence[str]) -> str:
+        """A message that begins with a key, with the key's place in a file, unless the command line has of it too."""
+        key, colon, rest = message.partition(":")
+        place = self._places.get(key)
+        if place is None or any(f"{word.partition('=')[0]}.".startswith(f"--{key}.") for word in argv):
+            return message
+        return f"{key} ({place}){colon}{rest}"
+
+    def parse_path(self, cfg_path: Any, *given: Any, **options: Any) -> Namespace:
+        """The keys of a file.
+
+        Raises:
+            UserError: it is not UTF-8.
+        """
+        try:
+            return super().parse_path(cfg_path, *given, **options)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{cfg_path}: is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
 
     def parse_string(self, content: str, path: Any = "", *given: Any, **options: Any) -> Namespace:
         """The keys of a file, once they are known to have the right shape.
@@ -47,6 +74,8 @@ class RunParser(LightningArgumentParser):
         """
         keys = read(content, str(path))
         if isinstance(keys, dict):
+            if path:
+                self._places |= {key: f"{path}:{line}" for key, line in key_lines(content).items()}
             links = [action for action in self._actions if isinstance(action, ActionLink)]
             _check_shape(keys, self.schema(), {link.dest: [key for key, _ in link.source] for link in links}, "")
         return super().parse_string(content, path, *given, **options)
@@ -65,7 +94,7 @@ class RunParser(LightningArgumentParser):
         """
         if format != "parser_mode" or getattr(self, "_inner_parser", False):
             return super().dump(namespace, format, **options)
-        keys = without_idle(json.loads(super().dump(namespace, "json", **options)))
+        keys = escaped(without_idle(json.loads(super().dump(namespace, "json", **options))))
         return commented({name: keys[name] for name in sorted(keys, key=_place)}, self.schema(), page)
 
 

@@ -9,10 +9,14 @@ from typing import Any
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, misread
+from mft_lightning.yaml_keys import key_lines
 
 MODE = "yaml with variables"  # of a parser that reads them
-FORM = r"\$\{[A-Za-z_]\w*(:-[^}]*)?\}"
+_PLAIN = r"\$\{[A-Za-z_]\w*(?::-[^{}]*)?\}"
+FORM = (
+    rf"\$\{{[A-Za-z_]\w*(:-(?:{_PLAIN}|\$(?!\{{)|[^$}}])*)?\}}"  # whose default may hold such, but for their defaults
+)
 _ESCAPED_OR_FORM = re.compile(rf"\$\$\{{|{FORM}|\$\{{")
 _read_yaml = get_loader("yaml")
 
@@ -27,8 +31,16 @@ def read(text: str, path: str = "") -> Any:
         path: the file's name, for messages.
 
     Raises:
-        UserError: a variable that is not set and has no default, or what is none; a file that is not YAML.
+        UserError: a variable that is not set and has no default, or what is none; a file that is not YAML; a key that
+            stands twice in its group.
     """
+    try:
+        return _read(text, path)
+    except RecursionError as error:
+        raise UserError(f"{path or text[:60]}: is nested too deeply to be read.") from error
+
+
+def _read(text: str, path: str) -> Any:
     try:
         found = _read_yaml(text)
     except yaml.MarkedYAMLError as error:
@@ -37,7 +49,19 @@ def read(text: str, path: str = "") -> Any:
         raise UserError(f"{path}{_place(error)}: is not valid YAML ({error.problem}).{_advice(error, text)}") from error
     if path and not isinstance(found, dict):
         raise UserError(f"{path}: holds no keys. Write them as group, colon, and the keys below it, indented.")
-    return _filled(found, "", path) if isinstance(found, dict) else found
+    if not isinstance(found, dict):
+        return found
+    key_lines(text, path)
+    return _filled(found, "", path)
+
+
+def escaped(value: Any) -> Any:
+    """A value, of whatever depth, so written that :func:`read` gives it back."""
+    if isinstance(value, dict):
+        return {name: escaped(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [escaped(item) for item in value]
+    return value.replace("${", "$${") if isinstance(value, str) else value
 
 
 set_loader(MODE, read, (yaml.YAMLError,))
@@ -45,13 +69,19 @@ set_loader(MODE, read, (yaml.YAMLError,))
 
 def _filled(value: Any, key: str, path: str) -> Any:
     if isinstance(value, dict):
-        return {name: _filled(item, f"{key}.{name}" if key else str(name), path) for name, item in value.items()}
+        if path and (other := [name for name in value if not isinstance(name, str)]):
+            raise UserError(f"{key or 'the first level'} ({path}): {misread(other)}")
+        return {name: _filled(item, f"{key}.{name}" if key else name, path) for name, item in value.items()}
     if isinstance(value, list):
         return [_filled(item, key, path) for item in value]
     if not isinstance(value, str) or "${" not in value:
         return value
-    where = f"{key} ({path})" if path else key
-    return _ESCAPED_OR_FORM.sub(lambda match: _held(match[0], value, where), value)
+    return _replaced(value, value, f"{key} ({path})" if path else key)
+
+
+def _replaced(text: str, value: str, where: str) -> str:
+    """A value, or the default in it, with what variables hold."""
+    return _ESCAPED_OR_FORM.sub(lambda match: _held(match[0], value, where), text)
 
 
 def _held(found: str, value: str, where: str) -> str:
@@ -66,7 +96,7 @@ def _held(found: str, value: str, where: str) -> str:
     name, colon, default = found[2:-1].partition(":-")
     held = os.environ.get(name, "")
     if held or colon:
-        return held or default
+        return held or _replaced(default, value, where)
     state = "is set to nothing" if name in os.environ else "is not set"
     raise UserError(
         f"{where}: the environment variable {name} {state}. Set it, as in export {name}=..., or give the key a "
@@ -80,5 +110,6 @@ def _place(error: yaml.MarkedYAMLError) -> str:
 
 def _advice(error: yaml.MarkedYAMLError, text: str) -> str:
     """Braces begin a mapping of their own between brackets."""
-    line = text.splitlines()[error.problem_mark.line] if error.problem_mark is not None else ""
-    return " Put a value with ${...} in quotes where it stands between [ ] or { }." if "${" in line else ""
+    line = error.problem_mark.line if error.problem_mark is not None else 0
+    written = "".join(text.splitlines()[line : line + 1])  # nothing where the text ends in the middle of something
+    return " Put a value with ${...} in quotes where it stands between [ ] or { }." if "${" in written else ""

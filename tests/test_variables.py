@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from mft_lightning.errors import UserError
-from mft_lightning.variables import read
+from mft_lightning.variables import escaped, read
 
 TEXT = """
 data:
   data_paths: ["${DATA}/a", "${DATA}/${NAME:-b}"]
-  cache_dir: ${CACHE:-/tmp/${x}
+  cache_dir: ${CACHE:-${DATA}/$x}
   eos_token: $${DATA}
   seq_length: ${LENGTH:-512}
   "${DATA}": 5
@@ -23,7 +25,7 @@ def test_what_variables_hold_stands_in_their_place(monkeypatch: pytest.MonkeyPat
     assert read(TEXT, "run.yaml") == {
         "data": {
             "data_paths": ["/corpus/a", "/corpus/b"],
-            "cache_dir": "/tmp/${x",
+            "cache_dir": "/corpus/$x",  # of a default too
             "eos_token": "${DATA}",
             "seq_length": "512",
             "${DATA}": 5,  # keys stay as they are
@@ -41,10 +43,18 @@ def test_what_variables_hold_stands_in_their_place(monkeypatch: pytest.MonkeyPat
         ),
         ("c: ${EMPTY}", r"the environment variable EMPTY is set to nothing"),
         ("a:\n  b: ${oc.env:HOME}/x", r"^a.b \(run.yaml\): '\$\{oc.env:HOME\}/x' names no variable. Write \$\{NAME\}"),
+        ("a: ${GONE:-${GONE}/x}", r"^a \(run.yaml\): the environment variable GONE is not set"),
+        ("a: ${GONE:-/tmp/${x}", r"^a \(run.yaml\): .* names no variable"),
         ("a:\n  b: [${GONE}/y]", r"^run.yaml:2: is not valid YAML \(.*\). Put a value with \$\{...\} in quotes"),
         ("a: b: c", r"^run.yaml:1: is not valid YAML \([^)]*\)\.$"),
+        ("a:\n  b: [c,\n", r"^run.yaml:3: is not valid YAML"),
         ("", r"^run.yaml: holds no keys"),
         ("- a", r"^run.yaml: holds no keys"),
+        ("a: {b: 1}\nc: 1\na: {d: 1}", r"^a \(run.yaml:3\): stands twice, in line 1 too"),
+        ("a:\n- b: 1\n- {b: 2,\n   b: 3}", r"^a.b \(run.yaml:4\): stands twice, in line 3 too"),
+        ("a: {5: b}", r"^a \(run.yaml\): YAML reads a name as 5. Put it in quotes."),
+        ("a: &a\n  b: *a", r"^a.b \(run.yaml\): holds itself"),
+        ("a: " + "[" * 5000 + "]" * 5000, r"^run.yaml: is nested too deeply"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
@@ -52,3 +62,8 @@ def test_what_cannot_be_read_is_told_with_its_place(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("GONE", raising=False)
     with pytest.raises(UserError, match=message):
         read(text, "run.yaml")
+
+
+def test_what_is_escaped_is_read_as_it_was() -> None:
+    value = {"a": ["${B}", {"c": "$${D}"}], "e": 5}
+    assert read(json.dumps(escaped(value)), "run.yaml") == value

@@ -53,9 +53,10 @@ def test_a_run_of_several_files_is_named_after_all(
 
 
 def test_what_is_printed_is_the_same_run_when_it_is_read(printed: Printed, tmp_path: Path) -> None:
-    own = ("--model.adam_epsilon", "1e-9", "--trainer.callbacks+=LearningRateMonitor")
+    own = ("--model.adam_epsilon", "1e-9", "--trainer.callbacks+=LearningRateMonitor", "--data.eos_token", "${EOS}")
     keys = printed("--config", "coba.yaml", *own)
     assert keys["trainer"]["callbacks"][0]["class_path"].endswith(".LearningRateMonitor")  # type: ignore[index]
+    assert keys["data"]["eos_token"] == "$${EOS}"  # no variable, as the shell has put in what is one
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(keys))
     assert printed("--config", str(tmp_path / "again.yaml")) == keys
     assert "val_check_interval" not in keys["trainer"] and "dry_run" not in keys
@@ -140,33 +141,85 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             "data:\n  seq_length:\n",
-            "data.seq_length: null is refused; it takes an integer. Leave it out for its default",
+            "data.seq_length (mine.yaml:2): null is refused; it takes an integer. Leave it out for its default",
         ),
         ("trainer: {max_steps: null}", "trainer.max_steps: null is refused; it takes an integer. Leave it out"),
         ("model: {peft_type: lorra}", "'lorra' is refused; it takes one of lora, qlora, or null. The nearest is lora."),
         ("model: {peft_type: None}", "'None' is refused; it takes one of lora, qlora, or null."),
         ("model: {pretrained_model_path: null}", "model.pretrained_model_path: is missing. Give it in a --config"),
-        ("evaluation:\nmodel: {init: random}", "evaluation: holds nothing. Give keys below it, or leave it out."),
-        ("data: {seed: 5}", "data.seed: follows seed_everything. Set it there. See docs/configuration.md"),
-        ("model: 5\n", "model: is a group of keys, not 5. Give keys below it. See docs/training.md#models."),
+        (
+            "evaluation:\nmodel: {init: random}",
+            "holds nothing. Give keys below it, or leave it out.",
+        ),
+        (
+            "data: {seed: 5}",
+            "data.seed (mine.yaml:1): follows seed_everything. Set it there. See docs/configuration.md",
+        ),
+        (
+            "model: 5\n",
+            "is a group of keys, not 5. Give keys below it. See docs/training.md#models.",
+        ),
         (
             "trainer: {logger: {class_path: CSVLogger, init_args: {save_dirr: x}}}",
-            "trainer.logger: CSVLogger takes no save_dirr here. See docs/own_classes.md#loggers.",
+            "trainer.logger (mine.yaml:1): CSVLogger takes no save_dirr here. See docs/own_classes.md#loggers.",
         ),
         (
             "trainer: {logger: {class_path: gone.Logger}}",
-            "trainer.logger: gone.Logger is no class that can be used (No module named 'gone'). See docs/",
+            "trainer.logger (mine.yaml:1): gone.Logger is no class that can be used (No module named 'gone').",
         ),
         (
             "model: {optimizer: {class_path: torch.optim.SGD, init_args: {momentum: [1]}}}",
-            "model.optimizer: SGD takes no such value as momentum, but a float. See docs/",
+            "model.optimizer (mine.yaml:1): SGD takes no such value as momentum, but a float. See docs/",
         ),
+        (
+            "model:\n  learning-rate: 1",
+            "model.learning-rate (mine.yaml:2): there is no such key. The nearest is model.learn",
+        ),
+        ("zzz: 1", "zzz (mine.yaml:1): there is no such key. See --help."),
+        ("data: {seq_length: 32}\ndata: {on_overlong: drop}", "data (mine.yaml:2): stands twice, in line 1 too."),
         ("data: {cache_dir: '${NOT_SET_ANYWHERE}'}", "data.cache_dir (mine.yaml): the environment variable NOT_SET"),
     ],
 )
 def test_a_wrong_file_is_one_message(refused: Callable[..., str], tmp_path: Path, written: str, message: str) -> None:
     (tmp_path / "mine.yaml").write_text(written)
     said = refused(tmp_path / "run", "--config", str(tmp_path / "mine.yaml"))
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_wrong_file_is_named_among_several_and_not_for_what_the_command_line_says(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "right.yaml").write_text("model:\n\n  lora: {alpha: 8}\n")
+    (tmp_path / "wrong.yaml").write_text("\nmodel:\n  lora: {alpha: much}\n")
+    files = [word for name in ("right", "wrong") for word in ("--config", str(tmp_path / f"{name}.yaml"))]
+    assert "model.lora.alpha (wrong.yaml:3): 'much' is refused" in refused(tmp_path / "run", *files)
+    said = refused(tmp_path / "run", *files[:2], "--model.lora.alpha", "much")
+    assert "model.lora.alpha: 'much' is refused" in said
+    (tmp_path / "latin.yaml").write_bytes(b"output_dir: r\xe9sultats")
+    assert "latin.yaml: is not UTF-8 text (byte 13)" in refused(
+        tmp_path / "run", "--config", str(tmp_path / "latin.yaml")
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("--model.learning_rat", "1"),
+            "model.learning_rat: there is no such key. The nearest is model.learning_rate.",
+        ),
+        (
+            ("--model.learning-rate=1",),
+            "model.learning-rate: there is no such key. The nearest is model.learning_rate.",
+        ),
+        (("--data.data_paths", "a", "b"), "b: belongs to no option. A list or a value with blanks is one word"),
+        (("--config", ""), "--config: is empty."),
+    ],
+)
+def test_a_wrong_word_is_one_message(
+    refused: Callable[..., str], tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    said = refused(tmp_path / "run", *words)
     assert message in said and said.count("\n") == 1
 
 

@@ -120,19 +120,25 @@ def test_a_setting_that_cannot_work(
     [
         ("data: {data_paths: [no, a, 1e3]}", "data.data_paths: YAML reads names as False, 1000.0. Put them in quotes."),
         ("data: {data_paths: 2024}", "data.data_paths: YAML reads a name as 2024. Put it in quotes."),
-        ("data: {valid_data_paths: [~]}", "data.valid_data_paths: YAML reads a name as None. Put it in quotes."),
+        (
+            "data: {valid_data_paths: [~]}",
+            "data.valid_data_paths (names.yaml:1): YAML reads a name as None. Put it in quotes.",
+        ),
         (
             "evaluation: {exclude_tasks: [a, on]}",
-            "evaluation.exclude_tasks: YAML reads a name as True. Put it in quotes.",
+            "evaluation.exclude_tasks (names.yaml:1): YAML reads a name as True. Put it in quotes.",
         ),
         (
             "data: {data_paths: [[a], no]}",
             "data.data_paths: [['a'], False] is refused; it takes text, or a list of text.",
         ),
-        ("evaluation: {exclude_tasks: no}", "evaluation.exclude_tasks: false is refused; it takes a list of text."),
+        (
+            "evaluation: {exclude_tasks: no}",
+            "evaluation.exclude_tasks (names.yaml:1): false is refused; it takes a list of text.",
+        ),
         (
             "data: {task_weights: {no: 1}}",
-            "(see [False, 'code_explanation', 'text_to_code', 'unit_tests']). YAML reads",
+            "data.task_weights (names.yaml): YAML reads a name as False. Put it in quotes.",
         ),
     ],
 )
