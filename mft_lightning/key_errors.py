@@ -19,11 +19,12 @@ from mft_lightning.schema import Node, allowed, choices, keys_of, schema_of, tak
 Documented = Callable[[str], str]  # a key -> where it is documented
 
 _UNKNOWN = (
-    r"unrecognized arguments: --(?P<key>[\w.]+)",
-    r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'",
-    r"Option '(?P<key>[\w.]+)' is not accepted",
-    r"[Kk]ey '(?P<key>[\w.]+)' is not expected",
+    r"unrecognized arguments: --(?P<key>[\w.-]+)",
+    r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[^']+)'",
+    r"Option '(?P<key>[^']+)' is not accepted",
+    r"[Kk]ey '(?P<key>[^']+)' is not expected",
 )
+_NO_OPTION = re.compile(r"unrecognized arguments: (?P<word>[^-].*)", re.DOTALL)
 _NO_NAMES = (
     r"key \"(?P<key>data\.data_paths|data\.valid_data_paths|evaluation\.exclude_tasks)\":"
     r".*<class 'str'>.* value: (?P<value>.*)"
@@ -52,6 +53,7 @@ def parse(
     Raises:
         UserError: naming the key, and the nearest right one or what it takes.
     """
+    parser.allow_abbrev = False  # a key that is cut short is a wrong one
     try:
         return parser.parse_args(argv)
     except argparse.ArgumentError as error:
@@ -99,8 +101,10 @@ def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: D
             found = match.groupdict()
             key = f"{found['group']}.{found['key']}" if found.get("group") else found["key"]
             near = _nearest_key(key, known)
-            advice = f" The nearest is {near}. See {documented(near)}." if near is not None else ""
-            return f"{key}: there is no such key.{advice}"
+            nearest_one = f" The nearest is {near}." if near is not None else ""
+            return f"{key}: there is no such key.{nearest_one} See {documented(near or key)}."
+    if match := _NO_OPTION.search(message):
+        return f"{match['word']}: belongs to no option. A list or a value with blanks is one word: '[a,b,c]'."
     if (match := re.search(_NO_NAMES, message, re.DOTALL)) and (values := _no_text(match["value"])):
         return f"{match['key']}: {misread(values)}"
     if match := re.search(_LINKED, message):
