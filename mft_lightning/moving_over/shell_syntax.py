@@ -17,6 +17,7 @@ _ARRAY = re.compile(r"[A-Za-z_]\w*\+?=")
 _BRACED = re.compile(
     r"(?P<length>#?)(?P<name>[A-Za-z_]\w*|\d+|[@*#?$!-])(?P<index>\[[@*\d]+\])?(?P<rest>.*)", re.DOTALL
 )
+_SETS = re.compile(r"\+\+|--|(?<![=!<>])=(?!=)")  # within ((...))
 _OPENED = {"(": ")", "{": "}"}
 
 
@@ -104,6 +105,15 @@ class _Scanner:
             elif char == "#":
                 end = self.source.find("\n", self.at)
                 self.at = len(self.source) if end < 0 else end
+            elif self.source[self.at : self.at + 2] in ("<(", ">("):  # the name of what a command is linked to
+                found.append(self.whole_command(self.closing(self.at + 1), 1))
+            elif self.source.startswith("((", self.at) and self.closing(self.at) == self.closing(self.at + 1) + 1:
+                line, test = self.line, self.whole_command(self.closing(self.at), 2)
+                if _SETS.search(inner := test.parts[0].text):
+                    raise self.fail(
+                        f"(({inner})) sets variables in a way that is not followed. Write NAME=VALUE.", line
+                    )
+                found.append(test)
             elif match := _OPERATOR.match(self.source, self.at):
                 found.append(Operator(match[0], self.line))
                 self.at = match.end()
@@ -118,6 +128,12 @@ class _Scanner:
                     documents.append(("".join(part.text for part in word.parts), before.text.endswith("-")))
                 found.append(word)
         return found
+
+    def whole_command(self, end: int, ends: int) -> Word:
+        """A word that only running what is between its brackets would tell: up to ``end``, the last of them."""
+        word = Word((Part("command", self.source[self.at + 2 : end - ends + 1], True),), self.line)
+        self.at = end + 1
+        return word
 
     def skip_document(self, last: str, indented: bool) -> None:
         began = self.line
