@@ -65,6 +65,8 @@ def _options(argv: list[str]) -> Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace files of the same names.")
     options = parse(parser, argv)
+    if not options.output:
+        raise UserError("--output: is empty. Give the task's directory.")
     if options.on_bad_record not in POLICIES:
         raise UserError(f"--on_bad_record: {options.on_bad_record!r} is none of {', '.join(POLICIES)}.")
     return options
