@@ -7,9 +7,10 @@ overtaken, like that of the last validation before a crash.
 
 from __future__ import annotations
 
-import os
 import struct
 from pathlib import Path
+
+from mft_lightning.aside import written_aside
 
 EVENTS = "events.out.tfevents.*"
 _LENGTH = struct.Struct("<Q")  # before each event, followed by a checksum; another checksum comes after the event
@@ -17,36 +18,42 @@ _CHECKSUM = 4
 
 
 def end_events(directory: Path, step: int) -> None:
-    """Cut what comes after an optimizer step off the event files, and an event that a kill has left unfinished.
+    """Take what comes after an optimizer step off the event files, and an event that a kill has left unfinished.
 
     Args:
-        directory: of the files, each with its events in the order of their steps; need not be there.
+        directory: of the files; need not be there.
         step: of the last events that stay; 0 where the run starts anew, and none do.
     """
     for file in directory.glob(EVENTS):
-        end = _end(file, step) if step else 0
-        if end == 0:
+        stay = _stay(file, step) if step else []
+        if len(stay) < 2:  # the file's version alone
             file.unlink()
-        elif end < file.stat().st_size:
-            os.truncate(file, end)
+        elif sum(stop - start for start, stop in stay) < file.stat().st_size:
+            with written_aside(file) as aside, file.open("rb") as old, aside.open("wb") as new:
+                for start, stop in stay:
+                    old.seek(start)
+                    new.write(old.read(stop - start))
 
 
-def _end(file: Path, step: int) -> int:
-    """Where the first event after a step starts, or the last whole one ends; 0 if only the file's version is before."""
+def _stay(file: Path, step: int) -> list[tuple[int, int]]:
+    """Where each event up to a step starts and ends, the file's version included.
+
+    They need not be in the order of their steps: a callback of the user's may write at numbers of its own.
+    """
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event  # as late as torch.utils.tensorboard
 
-    events = end = 0
+    stay = []
     with file.open("rb") as handle:
         while len(head := handle.read(_LENGTH.size + _CHECKSUM)) == _LENGTH.size + _CHECKSUM:
+            start = handle.tell() - len(head)
             (length,) = _LENGTH.unpack_from(head)
             content = handle.read(min(length, file.stat().st_size) + _CHECKSUM)
             if not length or len(content) < length + _CHECKSUM:
                 break
             try:
-                if Event.FromString(content[:length]).step > step:
-                    break
+                if Event.FromString(content[:length]).step <= step:
+                    stay.append((start, handle.tell()))
             except DecodeError:
                 break
-            events, end = events + 1, handle.tell()
-    return end if events > 1 else 0
+    return stay

@@ -37,6 +37,15 @@ def test_what_comes_after_the_step_is_gone_whatever_comes_next(tmp_path: Path) -
     assert points(tmp_path) == {"train": list(range(0, 171, 10)), "val": [0, 50, 100, 150]}
 
 
+def test_points_at_numbers_of_a_user_s_own_take_no_others_with_them(tmp_path: Path) -> None:
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(1, 9):
+            writer.add_scalar("train", step, step)
+            writer.add_scalar("tokens", step, 1000 * step)
+    end_events(tmp_path, 6)
+    assert points(tmp_path) == {"train": list(range(1, 7))}
+
+
 @pytest.mark.parametrize(("step", "left"), [(100, 1), (110, 2), (10, 1), (0, 0)])
 def test_a_file_without_a_point_that_stays_is_removed(tmp_path: Path, step: int, left: int) -> None:
     write(tmp_path, range(0, 101, 10))
