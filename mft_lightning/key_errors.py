@@ -31,6 +31,10 @@ _NO_NAMES = (
 )
 
 
+# why an object cannot be made, and not what else could have been in its place
+_REASON = (
+    r"^  - (?!Expected a |Not a valid subclass)(?:Problem with given class_path '[\w.]+':)?(.*?)(?=^  - |^Given value)"
+)
 _LINKED = r'Linked "(?P<key>[\w.]+)" must be given via "(?P<by>[\w., ]+)"'
 _REFUSED = re.compile(r'Parser key "(?P<key>[\w.]+)"[^:\n]*:(?P<why>.*)', re.DOTALL)
 _VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
@@ -74,8 +78,8 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
     except ValueError as error:
         if "any of the Union subtypes" not in str(error):
             raise
-        named = re.search(r"class_path='(?P<path>[\w.]+)'", str(error))
-        reasons = re.findall(r"^  - (?!Expected a )(.*?)(?=^  - |^Given value)", str(error), re.MULTILINE | re.DOTALL)
+        named = re.search(r"class_path='(?P<path>[\w.]+)'", str(error))  # the first of a list that is no object yet
+        reasons = re.findall(_REASON, str(error), re.MULTILINE | re.DOTALL)
         what = f"{named['path'].rpartition('.')[2]} cannot be made" if named else "a value is of no kind that it may be"
         raise UserError(f"{what}: {'; '.join(' '.join(reason.split()) for reason in reasons)}") from error
 

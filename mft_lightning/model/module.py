@@ -281,9 +281,9 @@ class MFTModule(EvaluatedModule):
     @property
     def grouping(self) -> dict[str, Any]:
         """What decides the form of the optimizer's state, by key."""
-        own = self.optim.name if self.optim.is_own else None  # the others save the same state
+        optimizer = self.optim.name if self.optim.is_own else "adamw"  # paged_adamw saves the same state
         ratio = "set" if self.lora.loraplus_lr_ratio is not None else None
-        return {"model.lora.loraplus_lr_ratio": ratio, "model.optimizer": own}
+        return {"model.lora.loraplus_lr_ratio": ratio, "model.optimizer": optimizer}
 
     def configure_model(self) -> None:
         self.build(self.datamodule)

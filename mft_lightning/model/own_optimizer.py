@@ -41,7 +41,7 @@ def build_own_optimizer(make: OwnOptimizer, groups: Sequence[dict[str, Any]], ra
     """
     try:
         made = make(groups, rate)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # of a class of the user's, which may raise any
         raise UserError(f"{KEY}: cannot be made of these parameters ({first_line(error)}).") from error
     if not isinstance(made, Optimizer):
         raise UserError(f"{KEY}: {type(made).__name__} is no torch.optim.Optimizer.")

@@ -6,12 +6,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from mft_lightning import ranks
 from mft_lightning.errors import UserError
 from mft_lightning.training.curves import Curves
 from mft_lightning.training.loggers import MetricsCSV, PlainLines
+
+# callbacks of Lightning's that decide what a run decides by itself, and what to use in their place
+INSTEAD: dict[type[L.Callback], str] = {
+    BatchSizeFinder: "data.per_device_train_batch_size, and the command estimate",
+    GradientAccumulationScheduler: "data.gradient_accumulation_steps",
+    LearningRateFinder: "model.learning_rate",
+    ModelCheckpoint: "checkpoint.checkpointing_steps",
+    StochasticWeightAveraging: "EMAWeightAveraging",
+}
 
 
 class StopTogether(L.Callback):
@@ -49,6 +65,13 @@ def listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
+def own_callbacks(given: Any) -> list[L.Callback]:
+    """Those of ``trainer.callbacks``, and what stops all ranks where one of them asks for it on one."""
+    own = listed(given)
+    _check_callbacks(own)
+    return [*own, StopTogether()] if own else []
+
+
 def with_own_loggers(loggers: list[Logger], given: Any) -> list[Logger]:
     """The loggers of a run, and beside them those of ``trainer.logger``; none where it is false."""
     if given is False:
@@ -56,6 +79,17 @@ def with_own_loggers(loggers: list[Logger], given: Any) -> list[Logger]:
     own = [] if given is True else listed(given)
     _check_loggers(own)
     return [*loggers, *own]
+
+
+def _check_callbacks(callbacks: Sequence[L.Callback]) -> None:
+    """Refuse what would decide what a run decides by itself.
+
+    Raises:
+        UserError: naming the callback, and what to use in its place.
+    """
+    for kind, here in INSTEAD.items():
+        if found := next((callback for callback in callbacks if isinstance(callback, kind)), None):
+            raise UserError(f"trainer.callbacks: {type(found).__name__} does not work here. Use {here}.")
 
 
 def _check_loggers(loggers: Sequence[Logger]) -> None:

@@ -21,7 +21,10 @@ LOST = (
 )
 ADAPTER, FROZEN, BITS = "model.lora", "frozen base (digest)", KEY + "bits"  # as a checkpoint describes itself
 FOLLOWS = {KEY + "compute_dtype": " (it follows trainer.precision where it is not set)"}
-UNSAID = {"data.role_tokens": "text"}  # by checkpoints from before it could be anything else
+UNSAID = {
+    "data.role_tokens": "text",
+    "model.optimizer": "adamw",
+}  # by checkpoints from before it could be anything else
 
 
 def check_same_run(directory: Path, now: dict[str, Any], may_change: Collection[str] = ()) -> list[str]:

@@ -28,7 +28,7 @@ from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.introduction import Introduction
 from mft_lightning.training.layout import find_layout, slurm_task
 from mft_lightning.training.loggers import MetricsCSV, PlainLines
-from mft_lightning.training.own_classes import StopTogether, count_steps_taken, listed, with_own_loggers
+from mft_lightning.training.own_classes import count_steps_taken, listed, own_callbacks, with_own_loggers
 from mft_lightning.training.progress import Pace, RunBar
 from mft_lightning.training.signals import EndAtOnce
 from mft_lightning.training.skipped_steps import SKIPPED_STEPS, SkippedSteps
@@ -144,8 +144,7 @@ def fit_trainer(
     loggers = with_own_loggers([curves, MetricsCSV(output_dir / "metrics.csv", resumed_step)], keys.get("logger"))
     skipped = SkippedSteps(output_dir / SKIPPED_STEPS)
     callbacks += [StepLogging(keys["log_every_n_steps"], skipped, measures_peak=bool(loggers)), skipped]
-    if own := listed(keys.get("callbacks")):
-        callbacks += [*own, StopTogether()]
+    callbacks += own_callbacks(keys.get("callbacks"))
     callbacks.append(Balancing())
     if checkpoint_io.module.source.init == "random":
         callbacks.append(RandomBase(output_dir / "base", resumed=resumed_step > 0))
@@ -282,5 +281,5 @@ def _trainer(keys: dict[str, Any]) -> L.Trainer:
         keys = {**keys, "profiler": PyTorchProfiler(record_module_names=False)}
     try:
         return L.Trainer(**keys)
-    except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
-        raise UserError(f"trainer: {error}") from error
+    except (MisconfigurationException, ModuleNotFoundError, ValueError, RuntimeError) as error:
+        raise UserError(f"trainer: {error}") from error  # a RuntimeError: two callbacks under one key of a checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, first_line
 from mft_lightning.weighting.balancer import Balancer, FixedWeights
 from mft_lightning.weighting.coba import Coba, CobaSettings
 from mft_lightning.weighting.famo import Famo, FamoSettings
@@ -43,9 +43,16 @@ def make_balancer(
 
 
 def _own(make: OwnBalancer, tasks: int) -> Balancer:
-    balancer = make(tasks)
+    key = "model.weighted_loss_mode"
+    try:
+        balancer = make(tasks)
+    except Exception as error:  # of a class of the user's, which may raise any
+        raise UserError(f"{key}: cannot be made of {tasks} task(s) ({first_line(error)}).") from error
     if not isinstance(balancer, Balancer):
-        raise UserError(f"model.weighted_loss_mode: {make} makes no mft_lightning.Balancer.")
+        raise UserError(f"{key}: {make} makes no mft_lightning.Balancer.")
+    if getattr(balancer, "tasks", None) != tasks:
+        name = type(balancer).__name__
+        raise UserError(f"{key}: {name} has to call super().__init__(tasks) with the {tasks} task(s) it is given.")
     balancer.name = balancer.name or f"{type(balancer).__module__}.{type(balancer).__qualname__}"
     balancer.check_weights()
     return balancer

@@ -226,3 +226,38 @@ class DoubledWeights(Balancer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing."""
+
+
+class Unfinished(Balancer):
+    """A user's balancer that says nothing of its state."""
+
+    def after_step(self, step: int, train: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Nothing."""
+
+
+class Unprepared(DoubledWeights):
+    """A user's balancer that leaves out what every balancer begins with."""
+
+    def __init__(self, tasks: int) -> None:
+        self.count = tasks
+
+
+class Unmade(L.Callback):
+    """A user's callback with a mistake in its first line."""
+
+    def __init__(self) -> None:
+        raise KeyError("threshold")
+
+
+class UnmadeOptimizer(torch.optim.SGD):
+    """A user's optimizer with a mistake in its first line."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        raise RuntimeError("no such device")
+
+
+class Counting(L.Callback):
+    """A user's callback with a state."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {"steps": 1}

@@ -100,6 +100,7 @@ def test_two_processes_take_the_same_steps(
         assert apart(weights(one / "step-00000004"), weights(own / name / "step-00000004")) < 1e-9
 
 
+FAULTS = "tests.integration.faults"
 REFUSED = [
     (
         "--model.optimizer torch.optim.SDG",
@@ -138,6 +139,21 @@ REFUSED = [
         "--trainer.logger CSVLogger",
         "CSVLogger is no class that can be used (the following arguments are required: save",
     ),
+    (f"--model.optimizer {FAULTS}.UnmadeOptimizer", "model.optimizer: cannot be made of these parameters (no such dev"),
+    (f"--model.weighted_loss_mode {FAULTS}.Unfinished", "of 3 task(s) (Can't instantiate abstract class Unfinished"),
+    (f"--model.weighted_loss_mode {FAULTS}.Unprepared", "Unprepared has to call super().__init__(tasks) with the 3"),
+    (
+        f"--trainer.callbacks+=Timer --trainer.callbacks+={FAULTS}.Unmade --trainer.callbacks+=DeviceStatsMonitor",
+        "error: Unmade cannot be made: 'threshold'\n",
+    ),
+    (
+        f"--trainer.callbacks+={FAULTS}.Counting --trainer.callbacks+={FAULTS}.Counting",
+        "trainer: Found more than one stateful callback of type `Counting`",
+    ),
+    (
+        "--trainer.callbacks+=LearningRateFinder",
+        "trainer.callbacks: LearningRateFinder does not work here. Use model.learning_rate.",
+    ),
     ("--trainer.logger nowhere.Logger", "trainer.logger: nowhere.Logger is no class that can be used (No module named"),
 ]
 
@@ -150,7 +166,7 @@ def test_what_cannot_be_used_is_refused(own: Path, refused: Callable[..., str], 
 def test_weights_that_a_loss_cannot_take_end_the_run(
     own: Path, fit_arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--model.weighted_loss_mode", "tests.integration.faults.DoubledWeights")
+    words = ("--model.weighted_loss_mode", f"{FAULTS}.DoubledWeights")
     assert main(["fit", *fit_arguments(own / "run", *words)]) == 1
     assert "the weights of tests.integration.faults.DoubledWeights, tensor([2., 2., 2.]" in capsys.readouterr().err
 
