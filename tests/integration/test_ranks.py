@@ -129,17 +129,20 @@ def test_a_signal_to_one_rank_in_the_last_validation_is_known_to_all(
 
 
 def test_a_stop_that_one_rank_asks_for_is_for_all(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
-    """At once, and at the end of an epoch; so does one that all decide on, because validation gets no better."""
+    """At once, in a validation, and at an epoch's end; so does one that all decide on, as validation gets no better."""
     epochs = ("--trainer.max_steps", "-1", "--trainer.max_epochs", "3", "--data.total_train_batch_size", "64")
     no_better = ("--early_stopping.patience", "1", "--early_stopping.min_delta", "100")
+    early = ("--evaluation.at_start", "false", "--evaluation.steps", "1")
     lines = [
         arguments(*fault("stop", 1), "--trainer.strategy", "fsdp"),
         arguments(*epochs, *fault("stop", 1, "epoch_end"), "--output_dir", str(tmp_path / "epochs")),
         arguments(*no_better, "--evaluation.steps", "1", "--output_dir", str(tmp_path / "early")),
+        arguments(*fault("stop", 1, "validation_end"), *early, "--output_dir", str(tmp_path / "validated")),
     ]
     printed = in_series(2, lines, tmp_path)
     assert checkpoints(tmp_path / "run") == ["step-00000003"]
     assert checkpoints(tmp_path / "early")[-1] == "step-00000002"
+    assert checkpoints(tmp_path / "validated") == ["step-00000001"]
     assert "validation at step 3" in printed and "(1.0 epochs)" in printed
 
 
