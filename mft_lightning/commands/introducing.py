@@ -42,13 +42,13 @@ def introduction(config: Run) -> Introduction:
     )
 
 
-def _flat(keys: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
+def _flat(keys: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int | float | str]]:
     """Every key by its full name, with a value that TensorBoard takes."""
     for key, value in keys.items():
         name = f"{above}{key}"
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{name}.")
-        elif isinstance(value, (bool, int, float, str)):
+        elif isinstance(value, (int, float, str)) and not isinstance(value, bool):  # which TensorBoard shows as 0 and 1
             yield name, value
         else:
             yield name, json.dumps(value)[:MOST]

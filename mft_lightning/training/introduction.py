@@ -40,7 +40,7 @@ class Introduction:
     """
 
     charts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    keys: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    keys: Mapping[str, int | float | str] = field(default_factory=dict)
     metrics: Sequence[str] = ()
     texts: Mapping[str, str] = field(default_factory=dict)
     lengths: Mapping[str, np.ndarray] = field(default_factory=dict)

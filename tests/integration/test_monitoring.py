@@ -91,6 +91,7 @@ def test_runs_are_compared_by_their_keys_and_last_metrics(ask: Ask, runs: Path) 
         keys = yaml.safe_load((runs / Path(name).parent / "config.yaml").read_text())
         assert group["hparams"]["model.learning_rate"] == keys["model"]["learning_rate"]
         assert group["hparams"]["model.weighted_loss_mode"] == "case3"
+        assert group["hparams"]["model.trust_remote_code"] == "false"
         last = {metric["name"]["tag"]: metric for metric in group["metricValues"]}
         logged = metrics(runs / Path(name).parent)
         assert last["val/loss"]["trainingStep"] == 8
