@@ -6,14 +6,17 @@ import hashlib
 import os
 import pickle
 import signal
+import sys
 from array import array
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -130,11 +133,27 @@ def _encode_in(
 
 def _submitted(pool: ProcessPoolExecutor, block: Block) -> Future[pa.RecordBatch]:
     try:
-        return pool.submit(_encode_there, block)
+        with _without_main():
+            return pool.submit(_encode_there, block)
     except OSError as error:  # it starts a process where none is idle
         raise UserError(
             f"data.preprocessing_num_workers: a process could not be started ({error.strerror}). Give fewer."
         ) from error
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes that start meanwhile do not run the user's script again, of which they need nothing.
+
+    multiprocessing has each import what ``__main__`` was read from (``spawn.py``, ``get_preparation_data``), so that a
+    script that is not written for it would begin its run anew in each.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 _encode: partial[pa.RecordBatch]  # of a process that encodes

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
-from multiprocessing import current_process
 from pathlib import Path
 from uuid import uuid4
 
@@ -175,11 +174,6 @@ def _aside(directory: Path) -> Path:
 @contextmanager
 def _locked(directory: Path, task: str) -> Iterator[None]:
     """The task's directory in the cache, which no other process writes to meanwhile."""
-    if getattr(current_process(), "_inheriting", False):  # it would wait for the lock of the process that started it
-        raise UserError(
-            "a script that tokenises is run again by every process it starts. Put what it does below "
-            "`if __name__ == '__main__':`, or fill the cache beforehand with the command prepare."
-        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(directory / ".lock")

@@ -1,7 +1,4 @@
-"""Caches of token ids over small tasks made by hand, opened here or by a process of its own.
-
-Processes that encode import the main module of the process that starts them, so there is none that imports much.
-"""
+"""Caches of token ids over small tasks made by hand, opened here or by a process of its own."""
 
 from __future__ import annotations
 
