@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -20,17 +21,27 @@ from tests.conftest import ROOT
 from tests.integration.conftest import checkpoints, everything
 
 BUILT_FROM = ("mft_lightning", "configs", "examples", "setup.cfg", "pyproject.toml", "README.md", "LICENSE")
+BESIDE = ("MANIFEST.in", "constraints.txt", "tests")
 STARTER = ("configs", "examples/model", "examples/quickstart")  # of the repository, as they are in a project
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as pip builds it, from a copy: a build leaves directories in its source."""
-    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in BUILT_FROM:
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: a build leaves directories in its source."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
+    for name in (*BUILT_FROM, *BESIDE):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copyfile
         copy(ROOT / name, source / name)
-    line = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(built), str(source)]
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(built)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    return next(built.glob("*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as pip builds it, of what the source distribution holds."""
+    built = tmp_path_factory.mktemp("wheel")
+    line = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(built), str(sdist)]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(built.glob("*.whl"))
@@ -57,6 +68,15 @@ def files_of(root: Path, *names: str) -> dict[str, bytes]:
     """Path below ``root`` to contents."""
     found = [path for name in names for path in (root / name).rglob("*") if path.is_file() and path.suffix != ".pyc"]
     return {str(path.relative_to(root)): path.read_bytes() for path in found}
+
+
+def test_a_source_distribution_holds_what_a_wheel_is_built_from(sdist: Path) -> None:
+    """And no tests, of which setuptools would take some."""
+    with tarfile.open(sdist) as opened:
+        held = {name.partition("/")[2] for name in opened.getnames()}
+    wanted = {name for name in files_of(ROOT, "mft_lightning", "configs", "examples") if "__pycache__" not in name}
+    assert wanted | {"constraints.txt", "LICENSE"} <= held
+    assert not [name for name in held if name.startswith("tests")]
 
 
 def test_a_wheel_holds_all_code_configs_examples_and_the_licence(wheel: Path) -> None:
