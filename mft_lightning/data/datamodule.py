@@ -31,6 +31,7 @@ from mft_lightning.data.tokenizer import add_role_tokens, load_tokenizer, vocabu
 from mft_lightning.data.workers import loader_options
 from mft_lightning.errors import UserError
 from mft_lightning.shipped import expanded, shipped_example
+from mft_lightning.words import check_words
 
 
 class MFTDataModule(L.LightningDataModule):
@@ -110,6 +111,7 @@ class MFTDataModule(L.LightningDataModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
+        check_words("data", MFTDataModule.__init__, locals())
         if seq_length < 2:
             raise UserError(f"data.seq_length: {seq_length} leaves no token to predict. Give at least 2.")
         if per_device_valid_batch_size is not None and per_device_valid_batch_size < 1:

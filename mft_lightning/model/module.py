@@ -56,6 +56,7 @@ from mft_lightning.weighting.modes import (
     static_mode,
 )
 from mft_lightning.weighting.static import coefficients
+from mft_lightning.words import check_words
 
 NETWORK = "network.model."  # where the causal LM's weights stand in this module's state
 
@@ -141,6 +142,7 @@ class MFTModule(EvaluatedModule):
         seed: int = 42,
     ) -> None:
         super().__init__()
+        check_words("model", MFTModule.__init__, locals())
         if peft_type == "qlora" and lora.changes_base:
             raise UserError("model.lora.init: needs the base's own weights, which qlora quantises. Leave it out.")
         check_settings(weighted_loss_mode, coba, famo)

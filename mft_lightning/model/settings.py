@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mft_lightning.errors import UserError
+from mft_lightning.words import check_words
 
 
 @dataclass(kw_only=True)
@@ -114,6 +115,7 @@ class QLoraSettings:
     compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
     def __post_init__(self) -> None:
+        check_words("model.qlora", type(self), vars(self))
         if self.bits == 4:
             return
         for key, default in (("quant_type", "nf4"), ("double_quant", True), ("compute_dtype", None)):

@@ -19,6 +19,7 @@ from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.retention import Retention
 from mft_lightning.training.shards import ShardWriter
 from mft_lightning.training.stages import is_epoch_end, is_run_end
+from mft_lightning.words import check_words
 
 
 @dataclass(kw_only=True)
@@ -51,6 +52,7 @@ class CheckpointSettings:
     sharded: bool = False
 
     def __post_init__(self) -> None:
+        check_words("checkpoint", type(self), vars(self))
         for key in ("checkpointing_steps", "save_total_limit"):
             value = getattr(self, key)
             if value is not None and value < 1:

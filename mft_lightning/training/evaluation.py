@@ -10,6 +10,7 @@ from lightning.pytorch.trainer import call
 
 from mft_lightning.errors import UserError
 from mft_lightning.training.stages import is_epoch_end, is_run_end
+from mft_lightning.words import check_words
 
 NEVER = 10**9  # epochs between Lightning's own validations, so that only this callback starts one
 
@@ -39,6 +40,7 @@ class EvaluationSettings:
     samples_per_task: int | None = None
 
     def __post_init__(self) -> None:
+        check_words("evaluation", type(self), vars(self))
         for key in ("steps", "max_conversations_per_task", "exact_match_per_task"):
             value = getattr(self, key)
             if value is not None and value < 1:
