@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from mft_lightning import ranks
 
 PATIENCE = 5.0  # seconds that a second Ctrl-C has to end the run in order
 END = b"\0"  # no signal has this number
+STDERR = 2  # every process's descriptor of it
 
 
 class GracefulStop(L.Callback):
@@ -70,6 +70,8 @@ class GracefulStop(L.Callback):
         self._end_listening()
 
     def _listen(self, trainer: L.Trainer) -> None:
+        if not _hears_signals():
+            return
         for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(signum, self._receive)
         heard_before = trainer._signal_connector
@@ -141,10 +143,15 @@ def _leave_to_parent() -> None:
 os.register_at_fork(after_in_child=_leave_to_parent)
 
 
+def _hears_signals() -> bool:
+    """Python lets the main thread alone hear them; a run from Python may be in another."""
+    return threading.current_thread() is threading.main_thread()
+
+
 def _say(line: str) -> None:
-    """Not by `print`, which may be what was interrupted."""
+    """Not by `print`, which may be what was interrupted, nor to `sys.stderr`, which in a notebook is no file."""
     if ranks.is_first():
-        os.write(sys.stderr.fileno(), f"{line}\n".encode())
+        os.write(STDERR, f"{line}\n".encode())
 
 
 class EndAtOnce(L.Callback):
@@ -160,7 +167,8 @@ class EndAtOnce(L.Callback):
         self._listen()
 
     def _listen(self) -> None:  # the first rank names another one that was killed
-        signal.signal(signal.SIGTERM, _end if ranks.is_first() else signal.SIG_DFL)
+        if _hears_signals():
+            signal.signal(signal.SIGTERM, _end if ranks.is_first() else signal.SIG_DFL)
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
