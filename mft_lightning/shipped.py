@@ -1,6 +1,6 @@
 """Configs and examples that come with the project, found from wherever the user stands."""
 
-import os.path
+import os
 from pathlib import Path
 
 CONFIGS, EXAMPLES = "configs", "examples"
@@ -24,6 +24,7 @@ def shipped_config(name: str) -> str:
 
 def shipped_example(path: str) -> str:
     """A path below ``examples/`` that is not here is looked up in the shipped ``examples/``; ``~`` is the home."""
+    path = os.fspath(path)  # Python's users have Path objects at hand
     if path.startswith("~"):
         return str(expanded(path))
     exists = os.path.exists(path)  # noqa: PTH110  # Path.exists raises where a name is too long
