@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+import signal
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
+from transformers.utils import logging as transformers_logging
 
 from mft_lightning import ranks
 from mft_lightning.commands.evaluate import measure
@@ -26,19 +29,14 @@ from mft_lightning.quiet import quieten
 from mft_lightning.run_config import TRAINER_DEFAULTS
 from mft_lightning.training.callbacks import EarlyStoppingSettings
 from mft_lightning.training.checkpoint import CheckpointSettings
-from mft_lightning.training.checkpoint_choice import find_best, find_checkpoints
+from mft_lightning.training.checkpoint_choice import find_best, find_checkpoints, resolve_checkpoint
+from mft_lightning.training.checkpoint_reading import read_state
 from mft_lightning.training.evaluation import EvaluationSettings
-from mft_lightning.training.trainer import (
-    RunSettings,
-    check_pages,
-    check_trainer_keys,
-    placed,
-    product_dtype,
-    weights_dtype,
-)
+from mft_lightning.training.shared_settings import SEED, share_settings
+from mft_lightning.training.trainer import RunSettings, check_pages, check_trainer_keys, placed
+from mft_lightning.words import check_words
 
 Checkpoint = Literal["last", "best"] | str | Path
-SEED = 42  # of a run that gives none
 
 
 class Trainer:
@@ -89,7 +87,7 @@ class Trainer:
         gradient_clip_val: float | None = 1.0,
         log_every_n_steps: int = 10,
         callbacks: L.Callback | list[L.Callback] | None = None,
-        logger: Logger | Iterable[Logger] | bool | None = None,
+        logger: Logger | list[Logger] | bool | None = None,
         enable_progress_bar: bool | None = None,
         profiler: Profiler | str | None = None,
         deterministic: bool | Literal["warn"] | None = None,
@@ -98,6 +96,7 @@ class Trainer:
         checkpoint: CheckpointSettings | None = None,
         early_stopping: EarlyStoppingSettings | None = None,
     ) -> None:
+        check_words("trainer", Trainer.__init__, locals())
         self.output_dir = given_path(output_dir, "output_dir:").absolute()
         given = given_path(tensorboard_dir, "tensorboard_dir:") if tensorboard_dir is not None else None
         self.tensorboard_dir = given.absolute() if given is not None else self.output_dir / "runs"
@@ -121,7 +120,7 @@ class Trainer:
             "gradient_clip_val": gradient_clip_val,
             "log_every_n_steps": log_every_n_steps,
             "callbacks": callbacks,
-            "logger": list(logger) if isinstance(logger, Iterable) else logger,
+            "logger": logger,
             "enable_progress_bar": enable_progress_bar,
             "profiler": profiler,
             "deterministic": deterministic,
@@ -130,6 +129,8 @@ class Trainer:
         }
         self.keys = {**_lightning_defaults(), **TRAINER_DEFAULTS, **given_keys}
         check_trainer_keys(self.keys)
+        _check_kinds("callbacks", self.keys, L.Callback)
+        _check_kinds("logger", self.keys, Logger)
         self.metrics: dict[str, float] = {}
 
     def fit(self, model: MFTModule, datamodule: MFTDataModule, *, ckpt_path: Checkpoint | None = None) -> None:
@@ -139,13 +140,22 @@ class Trainer:
             model: a new one, unless a checkpoint is loaded into it.
             datamodule: may serve several calls.
             ckpt_path: ``last``, ``best`` or a directory.
+
+        Raises:
+            SystemExit: SIGTERM or SIGUSR1 ended the run, which was saved.
+            KeyboardInterrupt: a second Ctrl-C; after the first one the run was saved, and the call returns.
         """
-        if ckpt_path is None and model.built is not None:
-            raise UserError("model: was built before. Make a new MFTModule for a new run, or give ckpt_path.")
         with _in_this_process():
-            trainer, _ = train(self._run(model, datamodule, ckpt_path))
-        if trainer is not None:
+            run = self._run(model, datamodule, ckpt_path)
+            if ckpt_path is None and model.built is not None:
+                raise UserError("model: was built before. Make a new MFTModule for a new run, or give ckpt_path.")
+            trainer, received = train(run)
+        if trainer is None:
+            self._take(model, str(ckpt_path))
+        else:
             self._remember({name: float(value) for name, value in trainer.callback_metrics.items()})
+        if received not in (None, signal.SIGINT):  # who interrupts a cell goes on; who ends the process means all of it
+            raise SystemExit(128 + received)
 
     def validate(
         self, model: MFTModule, datamodule: MFTDataModule, *, ckpt_path: Checkpoint | None = None
@@ -178,12 +188,28 @@ class Trainer:
         with _in_this_process():
             return self._remember(measure(self._run(model, data, ckpt_path), command, split))
 
+    def _take(self, model: MFTModule, ckpt_path: str) -> None:
+        """Give the model, which is built, the weights of a run that is at its end, and its metrics to this."""
+        settings = self.settings.checkpoint
+        checkpoint = resolve_checkpoint(ckpt_path, self.output_dir, settings.monitor, settings.mode, to_resume=True)
+        assert checkpoint is not None and model.built is not None
+        weights = read_state(checkpoint.path, model.built)["state_dict"]
+        model.load_state_dict(weights, strict=model.strict_loading)
+        self._remember(checkpoint.metrics)
+
     def _remember(self, metrics: dict[str, float]) -> dict[str, float]:
         self.metrics.update(metrics)
         return metrics
 
     def _run(self, model: MFTModule, datamodule: MFTDataModule, ckpt_path: Checkpoint | None) -> NotebookRun:
-        _share_settings(model, datamodule, self)
+        if not (isinstance(model, MFTModule) and isinstance(datamodule, MFTDataModule)):
+            given = f"{type(model).__name__} and {type(datamodule).__name__}"
+            raise UserError(
+                f"mft_lightning.Trainer: takes an MFTModule and an MFTDataModule, in this order, not {given}."
+            )
+        share_settings(
+            model, datamodule, precision=self.keys["precision"], seed=self.seed, evaluation=self.settings.evaluation
+        )
         if model.optim.kind == "paged_adamw":
             check_pages(self.keys["accelerator"])
         return NotebookRun(
@@ -230,52 +256,35 @@ def _lightning_defaults() -> dict[str, Any]:
     }
 
 
-def _share_settings(model: MFTModule, datamodule: MFTDataModule, trainer: Trainer) -> None:
-    """Give data and model what the command line links: seed, types by the precision, limits of evaluations.
-
-    Raises:
-        UserError: one of them was given something else.
-    """
-    precision, evaluation = trainer.keys["precision"], trainer.settings.evaluation
-    wanted_dtypes = (weights_dtype(precision), product_dtype(precision))
-    now = tuple(str(dtype).removeprefix("torch.") for dtype in (model.source.dtype, model.product_dtype))
-    if model.built is None:
-        for key, has, wants in zip(("dtype", "product_dtype"), now, wanted_dtypes, strict=True):
-            if has not in ("float32", wants):
-                raise UserError(f"MFTModule: {key} is {has}, but precision {precision} takes {wants}. Leave it out.")
-        model.use_dtypes(*wanted_dtypes)
-    elif now != wanted_dtypes:
-        raise UserError(f"precision: {precision} is not what the model was built for. Make a new MFTModule.")
-    seeds = {"MFTModule": model.source.seed, "MFTDataModule": datamodule.seed}
-    for name, seed in seeds.items():
-        if seed not in (SEED, trainer.seed) or (seed != trainer.seed and model.built is not None):
-            raise UserError(f"{name}: seed is {seed}, but that of the Trainer is {trainer.seed}. Give it there alone.")
-    if datamodule.seed != trainer.seed and datamodule.corpora:
-        raise UserError(f"seed: {trainer.seed} is not what the data were laid out with. Make a new MFTDataModule.")
-    model.source, datamodule.seed = replace(model.source, seed=trainer.seed), trainer.seed
-    if datamodule.devices != 1:
-        raise UserError(f"MFTDataModule: devices is {datamodule.devices}, but a Trainer from Python runs on one.")
-    limit, excluded = datamodule.max_evaluation_conversations, datamodule.exclude_tasks
-    if (limit, excluded) == (None, []):
-        datamodule.limit_evaluations(evaluation.max_conversations_per_task, evaluation.exclude_tasks)
-    elif (limit, excluded) != (evaluation.max_conversations_per_task, evaluation.exclude_tasks):
-        raise UserError("MFTDataModule: limits evaluations otherwise than evaluation does. Say it in evaluation alone.")
+def _check_kinds(key: str, keys: Mapping[str, Any], kind: type) -> None:
+    """Refuse what is no object of Lightning's kind, which would fail once training has begun."""
+    given = keys[key]
+    for one in given if isinstance(given, list) else [given]:
+        if not (one is None or isinstance(one, kind | bool)):
+            raise UserError(f"trainer.{key}: {one!r:.80} is no {kind.__name__} of Lightning's.")
 
 
 @contextmanager
 def _in_this_process() -> Iterator[None]:
-    """Quiet, and alone: several processes are for the command line, which starts and ends them together.
+    """Quiet while it lasts, and alone: several processes are for the command line, which starts and ends them together.
 
     Raises:
         UserError: a launcher started several.
     """
     if ranks.is_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("mft_lightning.Trainer: runs on one device. On several, use python -m mft_lightning fit.")
-    quieten()
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    before, bars = os.environ.get("TOKENIZERS_PARALLELISM"), transformers_logging.is_progress_bar_enabled()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else tokenizers warn at every fork of a loader's
     try:
-        yield
+        with warnings.catch_warnings():
+            quieten()
+            yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # of which Lightning makes the end of the process
+            raise KeyboardInterrupt from None
+        raise
     finally:
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
+        if bars:
+            transformers_logging.enable_progress_bar()

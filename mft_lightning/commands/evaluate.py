@@ -39,6 +39,7 @@ def measure(config: Run, command: str, split: str) -> dict[str, float]:
         datamodule.setup(command)
     datamodule.check_evaluation(split)
     check_questions(config.settings.evaluation, datamodule)
+    state = "before training" if module.built is None else "the model as it is"  # which Python may have trained
     checkpoint_io = build_for(config, checkpoint)
     trainer = evaluation_trainer(config.trainer_config, config.settings, checkpoint_io, config.output_dir)
     run = trainer.validate if command == "validate" else trainer.test
@@ -52,7 +53,7 @@ def measure(config: Run, command: str, split: str) -> dict[str, float]:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     asking = find_callback(trainer, Asking)
     exact = asking.counts if asking is not None else None
-    say(f"{split} split, {shown(checkpoint.path) if checkpoint else 'before training'}")
+    say(f"{split} split, {shown(checkpoint.path) if checkpoint else state}")
     say(task_results(datamodule, split, metrics, exact=exact))
     name = f"{'val' if command == 'validate' else 'test'}/loss"
     say(f"{name} {metrics[name]:.6f}")

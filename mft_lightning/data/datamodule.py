@@ -157,6 +157,7 @@ class MFTDataModule(L.LightningDataModule):
         self.devices = devices
         self.num_workers = num_workers
         self.seed = seed
+        self.tokenizer_path = tokenizer_path
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
             shipped_example(tokenizer_path),
             eos_token=eos_token,
@@ -173,7 +174,8 @@ class MFTDataModule(L.LightningDataModule):
                 f"data.role_tokens: the tokenizer in {tokenizer_path} has the role markers as tokens, and a model that "
                 "was trained with it knows them so. Set data.role_tokens: added."
             )
-        self.limit_evaluations(max_evaluation_conversations, exclude_tasks or [])
+        self.given_limits = (max_evaluation_conversations, exclude_tasks or [])
+        self.limit_evaluations(*self.given_limits)
         self.cache_settings = CacheSettings(
             directory=expanded(cache_dir).absolute() if cache_dir else default_cache_dir(),
             processes=preprocessing_num_workers or available_cores(),

@@ -168,6 +168,7 @@ class MFTModule(EvaluatedModule):
             trust_remote_code=trust_remote_code,
             seed=seed,
         )
+        self.tokenizer_path = tokenizer_path
         self.peft_type, self.lora, self.qlora = peft_type, lora, qlora
         self.use_dtypes(dtype, product_dtype)
         self.checkpoint_activations = checkpoint_activations
@@ -241,7 +242,7 @@ class MFTModule(EvaluatedModule):
             )
 
     def build(self, datamodule: MFTDataModule, random_base: str = "base", *, sketched: bool = False) -> SupervisedLM:
-        """Make the network, once; ``configure_model`` finds it made when the command line built it before the run.
+        """Make the network, once, before a Trainer of Lightning's has the module.
 
         Args:
             datamodule: gives the tokenizer and the tasks.
@@ -288,8 +289,11 @@ class MFTModule(EvaluatedModule):
         return {"model.lora.loraplus_lr_ratio": ratio, "model.optimizer": optimizer}
 
     def configure_model(self) -> None:
-        self.build(self.datamodule)
-        assert self.built is not None
+        if self.built is None:
+            raise UserError(
+                "MFTModule: a plain lightning.Trainer lacks the seeds, balancers, logs and checkpoints of a run. Use "
+                "mft_lightning.Trainer."
+            )
         if self.compile_layers:
             compile_layers(self.built.network)
         if self.built.weights is None:  # of a sketch the strategy completes part after part

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
+import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,9 @@ import lightning as L
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
+import mft_lightning
 from mft_lightning import (
     CheckpointSettings,
     EvaluationSettings,
@@ -55,7 +62,11 @@ def trainer_of(output_dir: Path, **keys: Any) -> Trainer:
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_the_bits_of_the_command_line(
-    objects: Callable[..., tuple[MFTModule, MFTDataModule]], fit: Callable[..., Path], tmp_path: Path, kind: str
+    objects: Callable[..., tuple[MFTModule, MFTDataModule]],
+    fit: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
 ) -> None:
     """LoRA with another seed and precision than the defaults, which only the Trainer is told."""
     if kind == "full":
@@ -81,6 +92,13 @@ def test_the_bits_of_the_command_line(
         on = trainer_of(tmp_path / f"on-{number}", **keys)
         on.fit(*pair, ckpt_path=line / "step-00000004")
         assert same_weights(line / "step-00000008", tmp_path / f"on-{number}" / "step-00000008")
+    # where nothing is left to do, the model is the checkpoint's all the same
+    at_end, whole = trainer_of(tmp_path / "on-1", **keys), objects(**model_keys)[0]
+    at_end.fit(whole, data, ckpt_path="last")
+    assert at_end.metrics["val/loss"] == at_end.validate(whole, data)["val/loss"] == on.metrics["val/loss"]
+    fewer = trainer_of(tmp_path / "on-1", **keys, evaluation=EvaluationSettings(max_conversations_per_task=1))
+    assert fewer.validate(model, data)["val/loss"] != pytest.approx(float(last["val/loss"]), rel=1e-6)
+    assert "the model as it is" in capsys.readouterr().out
     measured = on.validate(model, data, ckpt_path="best")
     assert measured["val/loss"] == pytest.approx(float(last["val/loss"]), rel=1e-6)
 
@@ -94,8 +112,10 @@ def test_the_page_s_own_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert long in first
         first = first.replace(long, short)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
+    transformers_logging.enable_progress_bar()
+    filters, names = list(warnings.filters), {}
     exec(first + then, names)
+    assert warnings.filters == filters and transformers_logging.is_progress_bar_enabled()
     words = ("--trainer.max_steps", "2", "--evaluation.exact_match_per_task", "1", "--trainer.accelerator", "cpu")
     assert main(["fit", "--config", "quickstart.yaml", *words]) == 0
     line, python = tmp_path / "checkpoints" / "quickstart", tmp_path / "checkpoints" / "notebook"
@@ -130,16 +150,19 @@ def test_callbacks_and_classes_of_one_s_own(
     again = Counting()
     model, data = objects(optimizer=partial(torch.optim.SGD, momentum=0.9))
     half = tmp_path / "python" / "step-00000004"
-    trainer_of(tmp_path / "on", callbacks=[again]).fit(model, data, ckpt_path=half)
+    on = trainer_of(tmp_path / "on", callbacks=[again])
+    with ThreadPoolExecutor(1) as elsewhere:  # where Python hears no signal
+        elsewhere.submit(on.fit, model, data, ckpt_path=half).result()
     assert (counting.steps, again.steps) == (8, 8)
     for run in (tmp_path / "python", tmp_path / "on"):
         assert metrics(line)[-1]["val/loss"] == metrics(run)[-1]["val/loss"]
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
-    ({"seed": 7}, {}, {}, "MFTModule: seed is 7, but that of the Trainer is 42. Give it there alone."),
+    ({"seed": 7}, {}, {}, "MFTModule: seed is 7, but that of the Trainer is 42. Make a new one, without a seed."),
     ({}, {"seed": 7}, {"seed": 8}, "MFTDataModule: seed is 7, but that of the Trainer is 8."),
-    ({"dtype": "float64"}, {}, {}, "MFTModule: dtype is float64, but precision 32-true takes float32. Leave it out."),
+    ({"dtype": "float64"}, {}, {}, "MFTModule: dtype is float64, but precision 32-true takes float32. Make a new one"),
+    ({"tokenizer_path": "gone"}, {}, {}, "MFTModule: tokenizer_path is gone, but that of the MFTDataModule is "),
     ({}, {"devices": 2}, {}, "MFTDataModule: devices is 2, but a Trainer from Python runs on one."),
     ({}, {"max_evaluation_conversations": 3}, {}, "MFTDataModule: limits evaluations otherwise than evaluation does."),
     ({}, {}, {"precision": "8-bit"}, "trainer.precision: 8-bit is none of"),
@@ -165,6 +188,12 @@ def test_what_a_trainer_cannot_take_is_refused_when_it_is_made(tmp_path: Path) -
     for keys, message in (
         ({"max_steps": 0}, "trainer.max_steps: 0 is no number from 1 on."),
         ({"seed": -1}, "seed: -1 is no number from 0"),
+        ({"evaluation": {"steps": 4}}, "trainer.evaluation: takes EvaluationSettings, not {'steps': 4}."),
+        (
+            {"callbacks": [L.Callback]},
+            "trainer.callbacks: <class 'lightning.pytorch.callbacks.callback.Callback'> is no C",
+        ),
+        ({"logger": "csv"}, "trainer.logger: 'csv' is no Logger of Lightning's."),
         ({"checkpoint": CheckpointSettings(sharded=True)}, "checkpoint.sharded: is for several devices."),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
@@ -180,6 +209,10 @@ def test_a_run_is_not_begun_twice(
         trainer_of(tmp_path / "other").fit(model, data)
     with pytest.raises(UserError, match="holds a run already"):
         trainer_of(tmp_path / "run").fit(objects()[0], data)
+    with pytest.raises(
+        UserError, match="takes an MFTModule and an MFTDataModule, in this order, not MFTDataModule and"
+    ):
+        trainer_of(tmp_path / "run").fit(data, model)  # type: ignore[arg-type]
     for name, value in (
         ("WORLD_SIZE", "2"),
         ("RANK", "0"),
@@ -192,6 +225,52 @@ def test_a_run_is_not_begun_twice(
         trainer_of(tmp_path / "third").fit(objects()[0], data)
 
 
+class Signalled(L.Callback):
+    """Signals to this process in the second step."""
+
+    def __init__(self, *signals: signal.Signals) -> None:
+        self.signals = signals
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        for number in self.signals if trainer.global_step == 1 else ():
+            signal.raise_signal(number)
+
+
+@pytest.mark.parametrize(
+    ("signals", "raised"),
+    [
+        ([signal.SIGINT], None),
+        ([signal.SIGINT, signal.SIGINT], KeyboardInterrupt),
+        ([signal.SIGTERM], SystemExit),
+    ],
+    ids=["interrupted", "interrupted twice", "ended"],
+)
+def test_signals(
+    objects: Callable[..., tuple[MFTModule, MFTDataModule]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    signals: list[signal.Signals],
+    raised: type[BaseException] | None,
+) -> None:
+    """One interrupt ends the run in order, a second one as it ends any cell; the end of the process ends all."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # no file, as a notebook's is none
+    trainer = trainer_of(tmp_path / "run", callbacks=Signalled(*signals), logger=False)
+    with pytest.raises(raised) if raised is not None else nullcontext():
+        trainer.fit(*objects())
+    assert checkpoints(tmp_path / "run") == ([] if len(signals) > 1 else ["step-00000002"])
+    assert ("ending after this step" in capfd.readouterr().err) == (signal.SIGINT in signals)
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_plain_trainer_is_refused(objects: Callable[..., tuple[MFTModule, MFTDataModule]], tmp_path: Path) -> None:
+    model, data = objects()
+    plain = L.Trainer(max_steps=1, accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    with pytest.raises(UserError, match=re.escape("Use mft_lightning.Trainer")):
+        plain.fit(model, datamodule=data)
+
+
 def test_names_are_imported_when_they_are_asked_for() -> None:
     script = "import sys, mft_lightning; print('lightning' in sys.modules, 'torch' in sys.modules)\n"
     script += "from mft_lightning import UserError; print('torch' in sys.modules)\n"
@@ -199,3 +278,4 @@ def test_names_are_imported_when_they_are_asked_for() -> None:
     script += "print(hasattr(m, 'Trainers'))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False", "False", "True", "True", "False"]
+    assert all(getattr(mft_lightning, name) for name in dir(mft_lightning))
