@@ -13,6 +13,7 @@ import inspect
 import io
 import json
 import re
+import runpy
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -26,11 +27,22 @@ from tests.conftest import ROOT
 from tests.moving_over.launches import config, script
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-PROGRAMS = ("python", "torchrun", "srun", "sbatch", "pip", "tensorboard", "mkdocs", "vllm", "lm_eval")
+PROGRAMS = ("python", "torchrun", "srun", "sbatch", "pip", "tensorboard", "mkdocs", "curl", "vllm", "lm_eval")
 QUICK = (
     *("--trainer.max_steps", "1", "--data.num_workers", "0", "--data.total_train_batch_size", "8"),
     *("--evaluation.max_conversations_per_task", "1", "--evaluation.exact_match_per_task", "null"),
 )
+# What a page says for what a user has -> what it is here.
+HERE = {
+    "CHECKPOINT": "checkpoints/lora/step-00000001",
+    "ADAPTER": "checkpoints/lora/step-00000001",
+    "BASE": "checkpoints/full/step-00000001",
+    "CONFIG.yaml": "checkpoints/full/config.yaml",
+    "…": "checkpoints/full/config.yaml",
+    "best|last|DIR": "best",
+    "cuda": "cpu",
+    "checkpoints/tutorial-merged": "checkpoints/full/step-00000001",
+}
 # What needs several devices, a cluster, or minutes -> the test that runs such, and what it has of the command.
 ELSEWHERE = {
     r"^(\S+ )*torchrun .*": ("tests/integration/test_ranks.py", "torch.distributed.run"),
@@ -40,12 +52,12 @@ ELSEWHERE = {
     r".*fit --config configs/(ddp|fsdp)\.yaml$": ("README.md", "fsdp.yaml"),
     r".*fit --config configs/quickstart\.yaml$": ("tests/examples/test_readme.py", "quickstart.yaml"),
     r".*--config own\.yaml$": ("tests/integration/test_own_classes.py", '"own.yaml"'),
-    r"^tensorboard --logdir .*": ("tests/examples/test_readme.py", "tensorboard.main"),
+    r"^tensorboard --.*": ("tests/examples/test_readme.py", "tensorboard.main"),
     r"^python tests/integration/kills\.py .*": ("tests/integration/test_kills.py", "kills"),
     r"^python -m pytest .*": ("tests/integration/test_role_tokens.py", "def test_"),
 }
 # Other people's programs, whose own pages say how they are called.
-OTHERS = (r"^vllm .*", r"^python llama\.cpp/.*", r"^pip install (wandb|mlflow-skinny .*)$")
+OTHERS = (r"^curl .*", r"^vllm .*", r"^python llama\.cpp/.*", r"^pip install (wandb|mlflow-skinny .*)$")
 
 
 def commands(text: str) -> Iterator[str]:
@@ -59,7 +71,8 @@ def commands(text: str) -> Iterator[str]:
             yield re.sub(r"\[(--[^\]]*)\]", r"\1", re.sub(r" +(# .*)?", " ", line)).strip()
 
 
-FOUND = [(page.stem, line) for page in PAGES for line in commands(page.read_text(encoding="utf-8"))]
+FOUND = {page.stem: list(commands(page.read_text(encoding="utf-8"))) for page in PAGES}
+TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +81,17 @@ def project(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("project")
     for name in ("configs", "examples"):
         (directory / name).symlink_to(ROOT / name)
+    shutil.copytree(tiny_model, directory / "on_the_hub")
+    sizes = json.loads((tiny_model / "config.json").read_text()) | {"max_position_embeddings": 2048}
+    (directory / "on_the_hub" / "config.json").write_text(json.dumps(sizes))
     with contextlib.chdir(directory):
-        base = ("--model.pretrained_model_path", str(tiny_model))
-        assert main(["fit", "--config", "full.yaml", *QUICK, *base]) == 0
-        start = ("--model.pretrained_model_path", "checkpoints/full/step-00000001", "--model.init", "pretrained")
+        hub = ("--model.pretrained_model_path", "on_the_hub")
+        assert main(["fit", "--config", "full.yaml", *QUICK, *hub]) == 0
+        start = ("--model.pretrained_model_path", HERE["BASE"], "--model.init", "pretrained")
         assert main(["fit", "--config", "lora.yaml", *QUICK, *start, "--model.lora.r", "4"]) == 0
-        long = json.loads((tiny_model / "config.json").read_text()) | {"max_position_embeddings": 2048}
-        shutil.copytree(tiny_model, "on_the_hub")
-        Path("on_the_hub/config.json").write_text(json.dumps(long))
+        (tutorial,) = re.findall(r"^```yaml\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
+        Path("tutorial.yaml").write_text(tutorial.replace("EleutherAI/pythia-70m", HERE["BASE"]))
+        published(Path("downloads"))
         Path("FILE.jsonl").write_text('{"prompt": "1 + 1?"}\n')
         Path("site.yaml").write_text("model:\n  num_warmup_steps: 1\n")
         Path("experiment.yaml").write_text("data:\n  seq_length: 256\n")
@@ -89,29 +105,44 @@ def project(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize(("page", "line"), FOUND, ids=[f"{page}-{number}" for number, (page, _) in enumerate(FOUND)])
-def test_a_command(page: str, line: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if any(re.match(other, line) for other in OTHERS):
-        return
-    if found := next((test for pattern, test in ELSEWHERE.items() if re.match(pattern, line)), None):
-        assert found[1] in (ROOT / found[0]).read_text()
-    elif match := re.match(r"^python (?:-m )?benchmarks[/.](\w+)(?:\.py)?(.*)", line):
-        is_parsed(match[1], [word for word in match[2].split() if word != "…"], monkeypatch)
-    elif "pip install" in line or line.startswith("mkdocs"):
-        installs_what_there_is(line)
-    else:
-        assert line.startswith("python -m mft_lightning "), f"docs/{page}.md: no test runs {line}"
-        monkeypatch.chdir(project)
-        monkeypatch.setattr("sys.stdin", io.StringIO())
-        runs(shlex.split(line)[3:], tmp_path)
+def published(downloads: Path) -> None:
+    """A little in the form of each of the tutorial's data sets."""
+    downloads.mkdir()
+    math = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(40)]
+    (downloads / "test.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in math))
+    code = [{"text": f"Give {n}.", "code": f"def f():\r\n  return {n}", "test_list": ["assert f()"]} for n in range(40)]
+    (downloads / "mbpp.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in code))
+    completed = [{"prompt": f"def f{n}():\n", "canonical_solution": f"    return {n}\n"} for n in range(40)]
+    with gzip.open(downloads / "HumanEval.jsonl.gz", "wt") as file:
+        file.writelines(f"{json.dumps(one)}\n" for one in completed)
+
+
+@pytest.mark.parametrize("page", [page for page, lines in FOUND.items() if lines])
+def test_the_commands_of_a_page(page: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # as that of a script's own directory
+    for number, line in enumerate(FOUND[page]):
+        if any(re.match(other, line) for other in OTHERS):
+            continue
+        if found := next((test for pattern, test in ELSEWHERE.items() if re.match(pattern, line)), None):
+            assert found[1] in (ROOT / found[0]).read_text()
+        elif match := re.match(r"^python (?:-m )?benchmarks[/.](\w+)(?:\.py)?(.*)", line):
+            is_parsed(match[1], [word for word in match[2].split() if word != "…"])
+        elif "pip install" in line or line.startswith("mkdocs"):
+            installs_what_there_is(line)
+        elif match := re.match(r"^python (examples/\S+\.py) (.*)", line):
+            runpy.run_path(str(ROOT / match[1]))["main"](*match[2].split())
+        else:
+            assert line.startswith("python -m mft_lightning "), f"docs/{page}.md: no test runs {line}"
+            monkeypatch.setattr("sys.stdin", io.StringIO())
+            runs(shlex.split(line)[3:], tmp_path / str(number))
 
 
 class Parsed(Exception):
     """A benchmark has read its command line."""
 
 
-def is_parsed(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+def is_parsed(module: str, words: list[str]) -> None:
     found = importlib.import_module(f"benchmarks.{module}")
     read = argparse.ArgumentParser.parse_known_args  # which parse_args calls too
 
@@ -123,8 +154,8 @@ def is_parsed(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch) ->
     if "_parser(" not in (source := inspect.getsource(found)) and "ArgumentParser(" not in source:
         assert not words
         return
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", end)
-    with pytest.raises(Parsed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", end)
         found.main()
 
 
@@ -139,18 +170,9 @@ def installs_what_there_is(line: str) -> None:
 
 def runs(words: list[str], new: Path) -> None:
     """A command with what a user has in the place of what the page calls it, and little to do."""
-    here = {
-        "CHECKPOINT": "checkpoints/lora/step-00000001",
-        "ADAPTER": "checkpoints/lora/step-00000001",
-        "BASE": "checkpoints/full/step-00000001",
-        "CONFIG.yaml": "checkpoints/full/config.yaml",
-        "…": "checkpoints/full/config.yaml",
-        "MERGED": str(new / "merged"),
-        "best|last|DIR": "best",
-        "cuda": "cpu",
-    }
-    words = [here.get(word, word) for word in words]
-    for option, value in (("--output", str(new / "new")), ("--base", here["BASE"]), ("--limit", "2")):
+    words = [HERE.get(word, word) for word in words]
+    new.mkdir()
+    for option, value in (("--output", str(new / "new")), ("--base", HERE["BASE"]), ("--limit", "2")):
         if option in words:
             words[words.index(option) + 1] = value
     output = io.StringIO()
@@ -162,8 +184,10 @@ def runs(words: list[str], new: Path) -> None:
     if words[0] == "estimate":  # of a model that is on the hub
         words += ["--model.pretrained_model_path", "on_the_hub"]
     if words[0] == "fit" and not {"--print_config", "--dry_run"} & set(words):
-        words += [*QUICK, "--output_dir", str(new / "run")]
-        words += ["--model.pretrained_model_path", here["BASE"], "--model.init", "pretrained"]
+        words += QUICK
+        if "tutorial.yaml" not in words:  # whose runs go on
+            words += ["--output_dir", str(new / "run")]
+        words += ["--model.pretrained_model_path", HERE["BASE"], "--model.init", "pretrained"]
     with output, contextlib.redirect_stdout(output):
         try:
             code = main(words)
