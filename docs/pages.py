@@ -25,6 +25,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **about: Any) -> str:
+    """README.md by its name on the site."""
+    return markdown.replace("](../README.md", "](index.md")
+
+
 def overview() -> str:
     """README.md, whose links to pages are from the root on."""
     return (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
