@@ -50,7 +50,8 @@ class RunParser(LightningArgumentParser):
         """A message that begins with a key, with the key's place in a file, unless the command line has of it too."""
         key, colon, rest = message.partition(":")
         place = self._places.get(key)
-        if place is None or any(f"{word.partition('=')[0]}.".startswith(f"--{key}.") for word in argv):
+        given = [word.partition("=")[0].removesuffix("+") for word in argv]
+        if place is None or any(f"{option}.".startswith(f"--{key}.") for option in given):
             return message
         return f"{key} ({place}){colon}{rest}"
 

@@ -124,4 +124,6 @@ class QLoraSettings:
 
     def resolved(self, product_dtype: Any) -> QLoraSettings:
         """With the dtype that 4 bits are computed in, where it was left open."""
-        return self if self.bits == 8 or self.compute_dtype else replace(self, compute_dtype=product_dtype)
+        if self.bits == 8 or self.compute_dtype or product_dtype == "float64":  # which check_quantizable refuses
+            return self
+        return replace(self, compute_dtype=product_dtype)

@@ -92,12 +92,14 @@ def test_every_command_of_the_readme(project: Path) -> None:
                 printed = run(line, project)
             if line.endswith("fit --config configs/quickstart.yaml"):
                 every_task_is_learnt(printed)
+            if "torchrun" in line:
+                assert "going on from step-00000004" in printed and "2 x cpu, fsdp" in printed
             if "--input" in line:
                 answers = [json.loads(line) for line in printed.splitlines()]
-    assert commands == 15
+    assert commands == 16
     made = {path.name for path in (project / "checkpoints").iterdir()}
     assert made == {"quickstart", "full", "lora", "merged", "ddp"}
-    assert "going on from step-00000004" in printed and "2 x cpu, fsdp" in printed
+    assert (project / "my_project" / "configs" / "quickstart.yaml").is_file()
     assert [(answer["prompt"], answer["reference"]) for answer in answers] == [("1 + 1?", "2"), ("2 + 3?", "5")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +24,13 @@ def compiled_here_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 @needs_compiler
-def test_a_run_learns_the_same_and_resumes_exactly(fit: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_run_learns_the_same_and_resumes_exactly(fit: Callable[..., Path], tiny_model: Path, tmp_path: Path) -> None:
+    """Of one layer, which is the last one: another would be compiled by itself, and tests/model has both."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    sizes = json.loads((tiny_model / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(sizes))
     words = ("--trainer.max_steps", "4", "--checkpoint.checkpointing_steps", "2", "--evaluation.steps", "2")
+    words += ("--model.pretrained_model_path", str(tmp_path / "model"))
     plain, whole, part = (tmp_path / name for name in ("plain", "whole", "part"))
     fit(plain, *words)
     fit(whole, *words, "--model.compile_layers", "true")
