@@ -310,8 +310,7 @@ def test_one_ctrl_c_is_one_though_workers_hear_it_too(
     assert checkpoints(tmp_path / "run") == ["step-00000003"]
 
 
-@pytest.mark.parametrize("devices", ["1", "2"])
-@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(("devices", "signum"), [("1", signal.SIGTERM), ("2", signal.SIGUSR1)])
 def test_preemption_saves_though_workers_hear_it_too(
     in_a_terminal: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, signum: signal.Signals, devices: str
 ) -> None:

@@ -146,7 +146,7 @@ def test_commands_know_their_line_and_what_follows_an_exit_is_not_read() -> None
         ("let A=3", "run.sh:1: let sets variables in a way that is not followed."),
         ("A[1]=3", "run.sh:1: A[1]=3 sets variables in a way"),
         ("a\nset -- 1 2", "run.sh:2: set sets variables in a way"),
-        ("( " * 400 + "a" + ")" * 400, "run.sh: is nested too deeply, or evaluates itself."),
+        ("( " * 10_000 + "a" + ")" * 10_000, "run.sh: is nested too deeply, or evaluates itself."),
         ("""A='eval "$A"'; eval "$A\"""", "run.sh: is nested too deeply, or evaluates itself."),
         ("A=abc\n" + "A=$A$A\n" * 40, "run.sh: A becomes longer than 1,048,576 characters."),
     ],
