@@ -213,10 +213,10 @@ def test_launchers(tmp_path: Path, launcher: str) -> None:
 
 
 def test_what_stands_around_a_launch_is_told(tmp_path: Path) -> None:
-    text = "cd /work/train\nexport NCCL_DEBUG=INFO\nsource env.sh\n" + script()
+    text = "cd /data/launches\nexport NCCL_DEBUG=INFO\nsource env.sh\n" + script()
     told = " ".join(converted(tmp_path, text, *VALUES).text.replace("\n# ", " ").split())
     assert "The script exports NCCL_DEBUG, which is not kept here." in told
-    assert "The script first goes to /work/train: relative paths are meant from there." in told
+    assert "The script first goes to /data/launches: relative paths are meant from there." in told
     assert "The script reads env.sh, which is not read here" in told
 
 
