@@ -6,35 +6,29 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, cast
 
-import lightning as L
-import numpy as np
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
-from mft_lightning.data.admission import RecordPolicy, TaskReport
+from mft_lightning.data.admission import RecordPolicy
 from mft_lightning.data.batch_sizes import DEFAULT_PER_DEVICE, derive_batch_sizes
 from mft_lightning.data.chat_format import ChatFormat
-from mft_lightning.data.collate import MicroBatch
 from mft_lightning.data.cores import available_cores
-from mft_lightning.data.corpus import Corpus, load_corpus
+from mft_lightning.data.evaluated import EvaluatedData
 from mft_lightning.data.held_out import Questions
-from mft_lightning.data.loader import EvaluationSteps, TrainLoader, TrainSteps
+from mft_lightning.data.loader import TrainLoader, TrainSteps
 from mft_lightning.data.place import data_parallel_place
-from mft_lightning.data.plan import Plan, deal_evaluation, limit_per_task
+from mft_lightning.data.plan import Plan
 from mft_lightning.data.sampling import parse_task_sampling
-from mft_lightning.data.splits import SPLITS, find_shares, nothing_to_evaluate
-from mft_lightning.data.task_files import check_files
+from mft_lightning.data.splits import find_shares
 from mft_lightning.data.tasks import find_tasks, find_validation_tasks, parse_task_weights
-from mft_lightning.data.token_cache import CacheSettings, TokenCache, default_cache_dir
-from mft_lightning.data.token_table import RecordTable, TokenTable
+from mft_lightning.data.token_cache import CacheSettings, default_cache_dir
+from mft_lightning.data.token_table import RecordTable
 from mft_lightning.data.tokenizer import add_role_tokens, load_tokenizer, vocabulary_digest
-from mft_lightning.data.workers import loader_options
 from mft_lightning.errors import UserError
 from mft_lightning.shipped import expanded, shipped_example
 from mft_lightning.words import check_words
 
 
-class MFTDataModule(L.LightningDataModule):
+class MFTDataModule(EvaluatedData):
     """Task directories of JSONL conversations, tokenised, masked, planned and batched.
 
     Args:
@@ -110,7 +104,6 @@ class MFTDataModule(L.LightningDataModule):
         devices: int = 1,
         seed: int = 42,
     ) -> None:
-        super().__init__()
         check_words("data", MFTDataModule.__init__, locals())
         if seq_length < 2:
             raise UserError(f"data.seq_length: {seq_length} leaves no token to predict. Give at least 2.")
@@ -133,147 +126,57 @@ class MFTDataModule(L.LightningDataModule):
             raise UserError(f"data.seq_length: {seq_length} can leave a row of one token. Give at least 3 for concat.")
         if padding_mode == "concat" and on_overlong != "drop":
             raise UserError("data.on_overlong: with data.padding_mode: concat no record is too long. Leave it out.")
-        self.tasks = find_tasks(data_paths)
-        self.valid_tasks = find_validation_tasks(valid_data_paths, self.tasks)
-        self.shares = find_shares(data_split, separate=bool(self.valid_tasks))
-        self.task_weights = parse_task_weights(task_weights, self.task_names)
-        self.task_sampling = parse_task_sampling(task_sampling, self.task_names)
-        self.policy = RecordPolicy(
-            seq_length=seq_length,
-            on_overlong=on_overlong,
-            on_bad_record=on_bad_record,
-            max_skipped_share=max_skipped_share,
-            concat=padding_mode == "concat",
-        )
-        self.packed = padding_mode == "pack"
-        self.batch_sizes = derive_batch_sizes(
+        tasks = find_tasks(data_paths)
+        valid_tasks = find_validation_tasks(valid_data_paths, tasks)
+        batch_sizes = derive_batch_sizes(
             total_train_batch_size,
             per_device_train_batch_size,
             gradient_accumulation_steps,
             devices=devices,
             tokens=total_train_batch_tokens,
         )
-        self.valid_batch_size = per_device_valid_batch_size or self.batch_sizes.per_device or DEFAULT_PER_DEVICE
-        self.devices = devices
-        self.num_workers = num_workers
-        self.seed = seed
-        self.tokenizer_path = tokenizer_path
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+        tokenizer = load_tokenizer(
             shipped_example(tokenizer_path),
             eos_token=eos_token,
             pad_token=pad_token,
             trust_remote_code=trust_remote_code,
         )
-        self.role_tokens = role_tokens
-        self.new_tokens = add_role_tokens(self.tokenizer) if role_tokens == "added" else []  # no model knows them yet
-        self.chat_format = ChatFormat(
-            self.tokenizer, tokenize_mode=tokenize_mode, normalize_punctuation=normalize_punctuation
+        new_tokens = add_role_tokens(tokenizer) if role_tokens == "added" else []  # no model knows them yet
+        super().__init__(
+            tasks=tasks,
+            valid_tasks=valid_tasks,
+            shares=find_shares(data_split, separate=bool(valid_tasks)),
+            policy=RecordPolicy(
+                seq_length=seq_length,
+                on_overlong=on_overlong,
+                on_bad_record=on_bad_record,
+                max_skipped_share=max_skipped_share,
+                concat=padding_mode == "concat",
+            ),
+            tokenizer=tokenizer,
+            chat_format=ChatFormat(tokenizer, tokenize_mode=tokenize_mode, normalize_punctuation=normalize_punctuation),
+            cache=CacheSettings(
+                directory=expanded(cache_dir).absolute() if cache_dir else default_cache_dir(),
+                processes=preprocessing_num_workers or available_cores(),
+                by_contents=cache_by_contents,
+            ),
+            packed=padding_mode == "pack",
+            batch_size=per_device_valid_batch_size or batch_sizes.per_device or DEFAULT_PER_DEVICE,
+            num_workers=num_workers,
+            seed=seed,
         )
         if role_tokens == "text" and self.chat_format.role_ids is not None:
             raise UserError(
                 f"data.role_tokens: the tokenizer in {tokenizer_path} has the role markers as tokens, and a model that "
                 "was trained with it knows them so. Set data.role_tokens: added."
             )
+        self.task_weights = parse_task_weights(task_weights, self.task_names)
+        self.task_sampling = parse_task_sampling(task_sampling, self.task_names)
+        self.batch_sizes, self.devices = batch_sizes, devices
+        self.tokenizer_path = tokenizer_path
+        self.role_tokens, self.new_tokens = role_tokens, new_tokens
         self.given_limits = (max_evaluation_conversations, exclude_tasks or [])
         self.limit_evaluations(*self.given_limits)
-        self.cache_settings = CacheSettings(
-            directory=expanded(cache_dir).absolute() if cache_dir else default_cache_dir(),
-            processes=preprocessing_num_workers or available_cores(),
-            by_contents=cache_by_contents,
-        )
-        self.corpora: list[Corpus] = []
-        self.tables: dict[str, TokenTable] | None = None
-
-    def limit_evaluations(self, per_task: int | None, exclude_tasks: list[str]) -> None:
-        """Evaluate at most so many conversations of each task, and none of some.
-
-        Raises:
-            UserError: a task that is not there, or no task left.
-        """
-        self.max_evaluation_conversations = per_task
-        self.exclude_tasks = exclude_tasks
-        if unknown := [name for name in self.exclude_tasks if name not in self.task_names]:
-            raise UserError(f"evaluation.exclude_tasks: {unknown} is none of the tasks {', '.join(self.task_names)}.")
-        if set(self.exclude_tasks) == set(self.task_names):
-            raise UserError("evaluation.exclude_tasks: leaves no task to evaluate. Set evaluation.strategy: none.")
-
-    @property
-    def task_names(self) -> list[str]:
-        return [task.name for task in self.tasks]
-
-    @property
-    def reports(self) -> list[TaskReport]:
-        """Counts of each task's directory."""
-        return self.corpora[0].reports
-
-    @property
-    def valid_reports(self) -> list[TaskReport]:
-        """Counts of each task's validation directory, where there are such."""
-        return self.corpora[1].reports if self.valid_tasks else []
-
-    def load(self, *, stop: bool = True) -> list[Corpus]:
-        """The records of the task directories and, where there are such, those of the validation directories, once.
-
-        Args:
-            stop: whether tokenising ends at the first record that is an error; else it is told by ``setup`` only.
-
-        Raises:
-            UserError: what cannot be read, and the first refused record, if it stops there.
-        """
-        if not self.corpora:
-            check_files([*self.tasks, *self.valid_tasks])
-            cache = TokenCache(self.cache_settings, self.chat_format)
-            for tasks, shares in ((self.tasks, self.shares), (self.valid_tasks, (0.0, 1.0, 0.0))):
-                numbers = [self.task_names.index(task.name) for task in tasks]
-                if tasks:
-                    self.corpora.append(load_corpus(tasks, numbers, shares, cache, self.policy, self.seed, stop=stop))
-        return self.corpora
-
-    def setup(self, stage: str | None = None) -> None:
-        """Tokenise what the cache does not hold, and lay out the splits, once.
-
-        Raises:
-            UserError: a bad record, or no conversation left to train on.
-        """
-        if self.tables is not None:
-            return
-        for corpus in self.load():
-            corpus.refuse()
-        tables = {split: self.corpora[0].table(split) for split in SPLITS}
-        if self.valid_tasks:
-            tables["valid"] = self.corpora[1].table("valid")
-        present = np.bincount(tables["train"].tasks, minlength=len(self.tasks))
-        if missing := [name for name, count in zip(self.task_names, present, strict=True) if count == 0]:
-            reasons = {report.task: dict(report.dropped) for report in self.reports if report.task in missing}
-            raise UserError(
-                f"data.data_paths: no training conversation is left of {', '.join(missing)}; left out: {reasons}."
-            )
-        self.tables = tables
-
-    def table(self, split: str) -> TokenTable:
-        """The conversations of ``train``, ``valid`` or ``test``."""
-        self.setup()
-        assert self.tables is not None
-        return self.tables[split]
-
-    def check_evaluation(self, split: str, *, in_training: bool = False) -> None:
-        """Raise where a task that is not excluded has nothing to evaluate on.
-
-        Raises:
-            UserError: naming the tasks and the ways on.
-        """
-        counts = np.bincount(self.table(split).tasks, minlength=len(self.tasks))
-        wanted = {name: n for name, n in zip(self.task_names, counts, strict=True) if name not in self.exclude_tasks}
-        missing = [name for name, count in wanted.items() if count == 0]
-        if missing:
-            raise nothing_to_evaluate(
-                split,
-                missing,
-                self.shares,
-                separate=bool(self.valid_tasks),
-                others=len(missing) < len(wanted),
-                in_training=in_training,
-            )
 
     @cached_property
     def plan(self) -> Plan:
@@ -310,22 +213,10 @@ class MFTDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         rank, world = data_parallel_place(self.trainer)
-        assert self.tokenizer.pad_token_id is not None
         steps = TrainSteps(
-            self.table("train"),
-            self.plan,
-            tasks=len(self.tasks),
-            pad_id=self.tokenizer.pad_token_id,
-            rank=rank,
-            world=world,
+            self.table("train"), self.plan, tasks=len(self.tasks), pad_id=self.pad_id, rank=rank, world=world
         )
         return TrainLoader(steps, self._workers(), pinned=self._feeds_gpu())
-
-    def val_dataloader(self) -> DataLoader[MicroBatch]:
-        return self._evaluation_loader("valid")
-
-    def test_dataloader(self) -> DataLoader[MicroBatch]:
-        return self._evaluation_loader("test")
 
     def ask(self, splits: Sequence[str], per_task: int | None, batch_size: int) -> Questions:
         """Lay out what ``predict_dataloader`` asks: at most ``per_task`` conversations of each task and split."""
@@ -337,32 +228,3 @@ class MFTDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[int]:
         """Numbers of this rank's batches of ``questions``."""
         return DataLoader(cast(Any, self.questions.share(*data_parallel_place(self.trainer))), batch_size=None)
-
-    def evaluated(self, split: str, per_task: int | None = None) -> np.ndarray:
-        """Indices into ``table(split)`` of what an evaluation looks at, or at most ``per_task`` of each task of it."""
-        tasks = self.table(split).tasks
-        kept = limit_per_task(tasks, self.max_evaluation_conversations, self.seed)
-        kept = kept[~np.isin(tasks[kept], [self.task_names.index(name) for name in self.exclude_tasks])]
-        return kept[limit_per_task(tasks[kept], per_task, self.seed)]
-
-    def evaluation_steps(self, split: str, chosen: np.ndarray) -> EvaluationSteps:
-        """This rank's micro-batches of conversations of ``table(split)``; every rank has as many."""
-        rank, world = data_parallel_place(self.trainer)
-        table = self.table(split)
-        dealt = [chosen[part] for part in deal_evaluation(table.lengths[chosen], self.valid_batch_size, rank, world)]
-        assert self.tokenizer.pad_token_id is not None
-        return EvaluationSteps(table, dealt, packed=self.packed, pad_id=self.tokenizer.pad_token_id)
-
-    def _evaluation_loader(self, split: str) -> DataLoader[MicroBatch]:
-        steps = self.evaluation_steps(split, self.evaluated(split))
-        return DataLoader(steps, batch_size=None, **loader_options(self._workers(), pinned=self._feeds_gpu()))
-
-    def _workers(self) -> int:
-        """Loader processes of this rank, which leave each rank of this machine a core of its own."""
-        if self.num_workers is not None:
-            return self.num_workers
-        ranks = self.trainer.num_devices if self.trainer else 1
-        return max(0, min(4, available_cores() // (2 * ranks) - 1))
-
-    def _feeds_gpu(self) -> bool:
-        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
-from unittest.mock import Mock, patch
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -164,6 +164,6 @@ def test_a_validation_file_that_is_trained_on_by_a_link_is_refused(
 def test_batches_for_a_gpu_are_pinned(module: Callable[..., MFTDataModule], device: str, pinned: bool) -> None:
     made = module(["one"], num_workers=0)
     made.setup()
-    made.trainer = cast(Any, Mock(num_devices=1, strategy=Mock(root_device=torch.device(device))))
-    with patch("mft_lightning.data.datamodule.data_parallel_place", return_value=(0, 1)):
-        assert {loader.pin_memory for loader in (made.train_dataloader(), made.val_dataloader())} == {pinned}
+    strategy = Mock(root_device=torch.device(device))
+    made.trainer = cast(Any, Mock(num_devices=1, strategy=strategy, distributed_sampler_kwargs=None))
+    assert {loader.pin_memory for loader in (made.train_dataloader(), made.val_dataloader())} == {pinned}
