@@ -1,48 +1,37 @@
-"""The LightningModule: one Lightning batch is one optimizer step."""
+"""The LightningModule of a run: its keys, its network, its part of a checkpoint."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
 
 from mft_lightning import ranks
-from mft_lightning.data.collate import MicroBatch, StepBatch
 from mft_lightning.data.datamodule import MFTDataModule
-from mft_lightning.data.place import data_parallel_place
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.build import Built, make_network
 from mft_lightning.model.compiled import compile_layers
-from mft_lightning.model.evaluated import EvaluatedModule
 from mft_lightning.model.export import describe, trained_names
 from mft_lightning.model.flops import UsefulFlops
 from mft_lightning.model.frozen import hold_as_multiplied
-from mft_lightning.model.gradients import clip_gradients, gradients_kept_local, telling
 from mft_lightning.model.lora import check_adapters, modules_to_save
 from mft_lightning.model.objective import Objective
 from mft_lightning.model.optim import (
     OptimizerKind,
     OptimizerSettings,
     SchedulerType,
-    group_settings,
     matrix_names,
-    put_in_force,
 )
 from mft_lightning.model.own_optimizer import OwnOptimizer
-from mft_lightning.model.parallel import live_parameters
 from mft_lightning.model.quantized import check_quantizable, described, require_bitsandbytes
 from mft_lightning.model.settings import LoraSettings, QLoraSettings
 from mft_lightning.model.source import Attention, ModelSource, load_config
-from mft_lightning.model.step_result import StepResult
 from mft_lightning.model.supervised_loss import SupervisedLM
 from mft_lightning.model.tensor_parallel import check_tensor_parallel
+from mft_lightning.model.trained import TrainedModule
 from mft_lightning.shipped import shipped_example
 from mft_lightning.weighting.coba import CobaSettings
 from mft_lightning.weighting.famo import FamoSettings
@@ -53,15 +42,13 @@ from mft_lightning.weighting.modes import (
     check_settings,
     make_balancer,
     named,
-    static_mode,
 )
-from mft_lightning.weighting.static import coefficients
 from mft_lightning.words import check_words
 
 NETWORK = "network.model."  # where the causal LM's weights stand in this module's state
 
 
-class MFTModule(EvaluatedModule):
+class MFTModule(TrainedModule):
     """GPT-NeoX with optional LoRA, trained on the weighted loss of all supervised tokens of a global batch.
 
     Args:
@@ -141,7 +128,6 @@ class MFTModule(EvaluatedModule):
         product_dtype: str = "float32",
         seed: int = 42,
     ) -> None:
-        super().__init__()
         check_words("model", MFTModule.__init__, locals())
         if peft_type == "qlora" and lora.changes_base:
             raise UserError("model.lora.init: needs the base's own weights, which qlora quantises. Leave it out.")
@@ -159,6 +145,21 @@ class MFTModule(EvaluatedModule):
             raise UserError("model.lora: is set, but model.peft_type is null. Set model.peft_type: lora.")
         if peft_type != "qlora" and qlora != QLoraSettings():
             raise UserError("model.qlora: is set, but model.peft_type is not qlora. Set model.peft_type: qlora.")
+        optim = OptimizerSettings(
+            kind=optimizer,
+            learning_rate=learning_rate,
+            min_lr=min_lr,
+            num_warmup_steps=num_warmup_steps,
+            lr_scheduler_type=lr_scheduler_type,
+            lr_power=lr_power,
+            lr_num_cycles=lr_num_cycles,
+            weight_decay=weight_decay,
+            adam_beta1=adam_beta1,
+            adam_beta2=adam_beta2,
+            adam_epsilon=adam_epsilon,
+            loraplus_lr_ratio=lora.loraplus_lr_ratio,
+        )
+        super().__init__(optim, weighted_loss_mode)
         self.source = ModelSource(
             path=shipped_example(pretrained_model_path),
             init=init,
@@ -174,30 +175,12 @@ class MFTModule(EvaluatedModule):
         self.checkpoint_activations = checkpoint_activations
         self.compile_layers = compile_layers
         self.pad_vocab_to_multiple_of = pad_vocab_to_multiple_of
-        self.optim = OptimizerSettings(
-            kind=optimizer,
-            learning_rate=learning_rate,
-            min_lr=min_lr,
-            num_warmup_steps=num_warmup_steps,
-            lr_scheduler_type=lr_scheduler_type,
-            lr_power=lr_power,
-            lr_num_cycles=lr_num_cycles,
-            weight_decay=weight_decay,
-            adam_beta1=adam_beta1,
-            adam_beta2=adam_beta2,
-            adam_epsilon=adam_epsilon,
-            loraplus_lr_ratio=lora.loraplus_lr_ratio,
-        )
-        self.weighted_loss_mode = weighted_loss_mode
         self.coba, self.famo = coba, famo
         self.objective = Objective(label_smoothing=label_smoothing, z_loss=z_loss, focal_gamma=focal_gamma)
         self.max_skipped_steps = max_skipped_steps
         self.strict_loading = peft_type is None  # an adapter's checkpoint holds the adapter alone
         self.built: Built | None = None
-        self.matrices: set[str] = set()  # the network's parameters that decay
         self.saved_names: set[str] = set()  # what a checkpoint holds of this module's state
-        self.useful_flops = UsefulFlops(0, 0, 0)  # of the network, before a strategy shards it
-        self.last_step: StepResult | None = None
 
     # ---------------------------------------------------------------- setting up
 
@@ -302,72 +285,6 @@ class MFTModule(EvaluatedModule):
                 kind = self.trainer.strategy.root_device.type
                 hold_as_multiplied(self.built.network, self.product_dtype, kind)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        scaled = self.product_dtype == torch.float16
-        parameters = live_parameters(self._network)
-        optimizer, scheduler = self.optim.build(parameters, self.matrices, self.total_steps(), scaled=scaled)
-        self.group_settings = group_settings(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        """Put the configured rates and decays in force, where Lightning restored those of the checkpoint's run."""
-        (optimizer,), (config,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
-        put_in_force(self.group_settings, optimizer, cast(torch.optim.lr_scheduler.LambdaLR, config.scheduler))
-
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run. ``trainer.estimated_stepping_batches`` would build the loaders early and
-        lose their state on resume (https://github.com/Lightning-AI/pytorch-lightning/issues/20550)."""
-        return self.datamodule.plan.total_steps(self.trainer.max_epochs, self.trainer.max_steps)
-
-    # ---------------------------------------------------------------- training
-
-    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
-        """Forward and backward over this rank's micro-batches; the last one's backward is left to Lightning.
-
-        Each loss is multiplied by the number of data-parallel ranks, which undoes the averaging of gradients over them.
-        """
-        self.trainer.optimizers[0].zero_grad()
-        *head, last = batch.micros
-        result = StepResult.of(batch, self.useful_flops, self.trainer.optimizers[0].param_groups[0]["lr"])
-        self.last_step = result
-        with gradients_kept_local(self._network):
-            for micro in head:
-                self.trainer.strategy.backward(self._micro_loss(micro, batch, result), None)
-        return self._micro_loss(last, batch, result)
-
-    def _micro_loss(self, micro: MicroBatch, batch: StepBatch, result: StepResult) -> Tensor:
-        output = self._network(micro, partial(self._factors, batch))
-        result.add(micro, output)
-        return telling(output.loss) * data_parallel_place(self.trainer)[1]
-
-    def _factors(self, batch: StepBatch, micro: MicroBatch) -> Tensor:
-        """What each conversation of a micro-batch counts in its step, ``float64 [C]``."""
-        return coefficients(
-            static_mode(self.weighted_loss_mode),
-            tasks=micro.tasks,
-            n_supervised=micro.n_supervised,
-            task_conversations=batch.task_conversations,
-            task_supervised=batch.task_supervised,
-            weights=self.balancer.weights.to(self.device, non_blocking=True),
-        )
-
-    def optimizer_zero_grad(self, *args: Any) -> None:
-        """Nothing: Lightning calls it between ``training_step`` and the last backward, and would clear the others'."""
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the norm of the gradient over all ranks, and keep the norm before clipping for the logs."""
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            return  # whose engine clips, skips what is not finite, and tells the norm afterwards
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = clip_gradients(self._network, parameters, gradient_clip_val)
-        if self.last_step is not None:
-            self.last_step.grad_norm = norm
-
     # ---------------------------------------------------------------- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -386,13 +303,3 @@ class MFTModule(EvaluatedModule):
 
     def _balanced(self) -> dict[str, Any]:
         return {"name": self.balancer.name, "tasks": self.datamodule.task_names}
-
-    @property
-    def weighting(self) -> str:
-        """What the losses of tasks are weighted by, in a word."""
-        return self.weighted_loss_mode if isinstance(self.weighted_loss_mode, str) else self.balancer.name
-
-    @property
-    def weighs_tasks(self) -> bool:
-        """Whether the weighting mode has a weight per task."""
-        return self.balancer.learns or self.weighted_loss_mode in TASK_WEIGHTED_MODES
