@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from mft_lightning.errors import UserError
+from mft_lightning.model.module import MFTModule
 from mft_lightning.screen import say
 from mft_lightning.training.background import Background
 from mft_lightning.training.checkpoint_choice import find_checkpoints
@@ -17,6 +18,7 @@ from mft_lightning.training.checkpoint_dirs import CheckpointInfo, directory_nam
 from mft_lightning.training.checkpoint_io import HFCheckpointIO, SaveOptions
 from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.retention import Retention
+from mft_lightning.training.same_run import set_position
 from mft_lightning.training.shards import ShardWriter
 from mft_lightning.training.stages import is_epoch_end, is_run_end
 from mft_lightning.words import check_words
@@ -94,6 +96,7 @@ class HFModelCheckpoint(ModelCheckpoint):
         self.mode = settings.mode
         self.retention = settings.retention(output_dir, validated=evaluation is not None)
         self.saved_step = -1
+        self._begun_at = 0
         self._background = Background()
         self._latest: CheckpointInfo | None = None  # which may still be in the making
 
@@ -101,6 +104,7 @@ class HFModelCheckpoint(ModelCheckpoint):
         """Nothing: the directory is known, and that it is in use was checked before."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begun_at = trainer.global_step
         if self.settings.sharded:
             self.checkpoint_io.shard_writer = ShardWriter()
         if trainer.is_global_zero or self.settings.sharded:
@@ -118,7 +122,15 @@ class HFModelCheckpoint(ModelCheckpoint):
         """Nothing: the save waits for the end of the step."""
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Nothing: an epoch's checkpoint is saved at the end of its last step."""
+        """An epoch's checkpoint is saved at the end of its last step, unless a stop was asked for only then."""
+        if trainer.should_stop and self._begun_at < trainer.global_step != self.saved_step:
+            self._save(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """One that is saved after an epoch's end says the same of where it stands as one of that epoch's last step."""
+        steps = trainer.fit_loop.epoch_loop.batch_progress.current
+        if steps.completed == steps.ready:
+            set_position(checkpoint, cast(MFTModule, pl_module).datamodule.plan.steps_per_epoch)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The last step has been saved, or is being saved."""

@@ -72,10 +72,19 @@ class Evaluation(L.Callback):
         self.step = -1
         self.metrics: dict[str, float] = {}
         self.before: dict[str, float] = {}
+        self._begun_at = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begun_at = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if self.step != trainer.global_step and self.settings.due(trainer):
             _run_validation(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Asked to stop between two epochs: the step before is the last, as nobody knew when it ended."""
+        if trainer.should_stop and trainer.global_step > self._begun_at:
+            self.on_train_batch_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.step = trainer.global_step

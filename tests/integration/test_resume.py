@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -83,6 +85,35 @@ def test_epochs_resume_too(fit: Callable[..., Path], tmp_path: Path) -> None:
     for step in (2, 4, 6):
         part = fit(tmp_path / f"from-{step}", *words, "--ckpt_path", str(whole / f"step-{step:08d}"))
         assert same_weights(part / "step-00000008", whole / "step-00000008")
+
+
+class StopsBetween(L.Callback):
+    """Asks for an end where no step is in the making."""
+
+    def __init__(self, after_epoch: bool) -> None:
+        self.after_epoch = after_epoch
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop |= self.after_epoch
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop |= not self.after_epoch and trainer.global_step > 0
+
+
+@pytest.mark.parametrize("after_epoch", [True, False])
+def test_a_stop_between_epochs_is_validated_saved_and_gone_on_from(
+    fit: Callable[..., Path], tmp_path: Path, after_epoch: bool
+) -> None:
+    words = (*EPOCH_OF_FOUR, "--evaluation.steps", "3", "--checkpoint.checkpointing_steps", "100")
+    whole = fit(tmp_path / "whole", *words)
+    stops = {"class_path": "tests.integration.test_resume.StopsBetween", "init_args": {"after_epoch": after_epoch}}
+    part = fit(tmp_path / "part", *words, "--trainer.callbacks", json.dumps([stops]))
+    assert checkpoints(part)[-1] == "step-00000004" and metrics(part)[-1]["step"] == "4"
+    assert metrics(part)[-1]["val/loss"]
+    fit(part, *words, "--trainer.callbacks", "null", "--ckpt_path", "last")
+    assert same_weights(part / "step-00000008", whole / "step-00000008")
+    ours, theirs = (torch.load(run / "step-00000008" / "trainer.pt", weights_only=True) for run in (part, whole))
+    assert str(ours["optimizer_states"]) == str(theirs["optimizer_states"])
 
 
 def test_best_is_remembered_across_a_resume(fit: Callable[..., Path], tmp_path: Path) -> None:
