@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from mft_lightning import ranks
 from mft_lightning.aside import written_aside
+from mft_lightning.commands.going_on import load_resumed, resumed_checkpoint, settle
 from mft_lightning.commands.introducing import introduction
 from mft_lightning.commands.outcome import run_summary, task_results
 from mft_lightning.commands.report import SKIPPED, run_plan
@@ -30,16 +30,14 @@ from mft_lightning.run_parser import DRY_RUN
 from mft_lightning.screen import duration, json_line, say, shown
 from mft_lightning.training.asking import Asking
 from mft_lightning.training.balancing import check_balancing
-from mft_lightning.training.checkpoint_choice import find_checkpoints, resolve_checkpoint
-from mft_lightning.training.checkpoint_dirs import CheckpointInfo, is_named
+from mft_lightning.training.checkpoint_choice import find_checkpoints
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import Evaluation
 from mft_lightning.training.own_classes import tell_loggers
 from mft_lightning.training.questions import check_questions, samples_per_task
-from mft_lightning.training.retention import SUPERSEDED
 from mft_lightning.training.run import Run
 from mft_lightning.training.run_lock import only_run_in
-from mft_lightning.training.same_run import LOST, changed_layout, check_same_run, check_start, set_position
+from mft_lightning.training.same_run import changed_layout, check_start
 from mft_lightning.training.signals import GracefulStop
 from mft_lightning.training.stages import find_callback
 from mft_lightning.training.trainer import fit_trainer, shows_samples
@@ -92,7 +90,7 @@ def train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
 
 def _train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
     keys, module, datamodule, settings = config.trainer_config, config.model, config.datamodule, config.settings
-    resumed = _resumed(config)
+    resumed = resumed_checkpoint(config)
     module.check(datamodule, config.settings.parallel.tensor_parallel_size)
     if settings.checkpoint.sharded and module.lora.changes_base:
         raise UserError(
@@ -106,14 +104,14 @@ def _train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
     check_balancing(module, datamodule)
     checkpoint_io = HFCheckpointIO(module)
     notes = (
-        _load(checkpoint_io, resumed.path, config)
+        load_resumed(checkpoint_io, resumed.path, config)
         if resumed is not None
         else check_start(module, datamodule.role_tokens)
     )
     total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])
     if resumed is not None and resumed.step >= total_steps:
         if ranks.is_first() and not config.dry_run:
-            _settle(config, resumed)
+            settle(config, resumed)
         print(
             f"nothing to do: {resumed.path.name} is at the end, raise trainer.max_steps or trainer.max_epochs to go on"
         )
@@ -177,37 +175,6 @@ def _memory(trainer: L.Trainer, config: Run) -> tuple[str, str]:
     return str(found), "" if found.fits else f"memory: {found.warning}"
 
 
-def _load(checkpoint_io: HFCheckpointIO, path: Path, config: Run) -> list[str]:
-    """Load the checkpoint to go on from, if it is of this run, or may be of another; what to say of that."""
-    module, datamodule = config.model, config.datamodule
-    may_change = datamodule.fingerprint.keys() if config.settings.checkpoint.allow_changes else ()
-    # told before its weights are found to have other rows
-    check_same_run(path, {"data.role_tokens": datamodule.role_tokens}, may_change)
-    checkpoint = checkpoint_io.preload(path)
-    try:
-        changes = check_same_run(path, module.fingerprint(datamodule), may_change)
-    except UserError as error:
-        if may_change:
-            raise
-        check_same_run(path, {**module.description, **module.grouping})
-        raise UserError(f"{error} Or go on regardless with --checkpoint.allow_changes true. {LOST}") from error
-    if not changes:
-        return []
-    set_position(checkpoint, datamodule.plan.steps_per_epoch)
-    return [f"note: goes on although {'; '.join(changes)}. {LOST}", ""]
-
-
-def _settle(config: Run, resumed: CheckpointInfo) -> None:
-    """Do what a process that was killed right after its last save had still to do; remove nothing by other settings."""
-    settings, directory = config.settings, config.output_dir
-    names = ("save_total_limit", "trainer_state", "monitor", "mode")
-    file = directory / "config.yaml"
-    saved = yaml.safe_load(file.read_text(encoding="utf-8"))["checkpoint"] if file.is_file() else {}
-    same = all(saved.get(name, ...) == getattr(settings.checkpoint, name) for name in names)
-    if same and find_checkpoints(directory)[-1:] == [resumed]:
-        settings.checkpoint.retention(directory, validated=settings.evaluation.enabled).settle()
-
-
 def _tell_outcome(config: Run, trainer: L.Trainer, total_steps: int, seconds: float) -> None:
     """The table of the last validation, the checkpoints, and the commands to go on with."""
     datamodule, step = config.datamodule, trainer.global_step
@@ -266,39 +233,6 @@ def _check_evaluation(config: Run, datamodule: MFTDataModule) -> None:
     each = [f"val/{kind}/{name}" for kind in ("loss", "perplexity", "accuracy") for name in evaluated]
     if monitor not in ("val/loss", *each):
         raise UserError(f"checkpoint.monitor: {monitor!r} is none of val/loss, {', '.join(each)}.")
-
-
-def _resumed(config: Run) -> CheckpointInfo | None:
-    """The checkpoint to go on from, if any; refuses to mix two runs in one directory."""
-    output_dir, checkpoint = config.output_dir, config.settings.checkpoint
-    given: Any = config.ckpt_path
-    resumed = None
-    if given is not None:
-        resumed = resolve_checkpoint(given, output_dir, checkpoint.monitor, checkpoint.mode, to_resume=True)
-        if resumed is None:
-            print(f"--ckpt_path last: no checkpoint in {output_dir} yet; starting at step 0.", flush=True)
-        if resumed is None and _holds_run(output_dir):  # one that was killed before its first checkpoint
-            return None
-        if resumed is not None and resumed.path.resolve().parent == output_dir.resolve():
-            return resumed
-        if resumed is not None and resumed.path.resolve().parent == (output_dir / SUPERSEDED).resolve():
-            raise UserError(
-                f"--ckpt_path: {shown(resumed.path)} was superseded: the run in {shown(output_dir)} and its curves "
-                "went another way. Go on from it with --output_dir DIR."
-            )
-    if _holds_run(output_dir):
-        raise UserError(
-            f"output_dir: {output_dir} holds a run already. Go on with it by --ckpt_path last, or start another one "
-            "with --output_dir DIR."
-        )
-    if any(config.tensorboard_dir.glob("events.out.tfevents.*")):
-        raise UserError(f"tensorboard_dir: {config.tensorboard_dir} holds another run's curves. Give another one.")
-    return resumed
-
-
-def _holds_run(directory: Path) -> bool:
-    names = ("config.yaml", "metrics.csv", SKIPPED, "runs", "base")
-    return any((directory / name).exists() for name in names) or any(map(is_named, directory.glob("step-*")))
 
 
 def _check_writable(directory: Path, key: str) -> None:
