@@ -183,7 +183,8 @@ def _tell_outcome(config: Run, trainer: L.Trainer, total_steps: int, seconds: fl
     go_on = []
     stopping, clock = find_callback(trainer, EarlyStopping), find_callback(trainer, Timer)
     if stopping is not None and stopping.wait_count >= stopping.patience:
-        say(f"stopped early: {stopping.monitor} has not improved for {stopping.patience} validation(s)")
+        least = f" by more than {abs(stopping.min_delta)}" if stopping.min_delta else ""
+        say(f"stopped early: {stopping.monitor} has not improved{least} for {stopping.patience} validation(s)")
         go_on.append(f"--early_stopping.patience {2 * stopping.patience}")
     if clock is not None and (clock.time_remaining() or 0) <= 0:
         say("stopped by the clock: trainer.max_time is over")

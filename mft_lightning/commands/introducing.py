@@ -35,8 +35,8 @@ def introduction(config: Run) -> Introduction:
         keys=dict(_flat({name: keys[name] for name in HYPER_PARAMETERS if name in keys})),
         metrics=_metrics(datamodule, measured),
         texts={
-            "config": fenced(as_yaml(keys), "yaml"),
-            "data": _data_report(datamodule, {name: quantiles(values) for name, values in lengths.items()}),
+            "run/config": fenced(as_yaml(keys), "yaml"),
+            "run/data": _data_report(datamodule, {name: quantiles(values) for name, values in lengths.items()}),
         },
         lengths=lengths,
     )

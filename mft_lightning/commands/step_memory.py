@@ -43,7 +43,7 @@ class StepMemory:
         return self.need <= self.there
 
     def __str__(self) -> str:
-        return f"about {self.need / GIB:.2f} GiB in a step, of {self.there / GIB:.1f} GiB {self.whose}"
+        return f"about {self.need / GIB:.2f} GiB of tensors in a step, of {self.there / GIB:.1f} GiB {self.whose}"
 
     @property
     def warning(self) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-TASKS_A_CHART = 8  # that the marks of lines tell apart
+TASKS_A_CHART = 5  # as many marks of lines as TensorBoard has
 OF_TASKS = {
     "training loss": "train/loss",
     "validation loss": "val/loss",
@@ -17,6 +17,7 @@ OF_TASKS = {
     "token accuracy in validations": "val/accuracy",
     "exact answers, as a share": "val/exact_match",
 }
+IN_PARTS = ("train/loss", "val/loss", "train/weight")  # those of many tasks also a few tasks at a time
 OF_RUN = {
     "loss that is minimised, and mean validation loss": "(train|val)/loss",
     "learning rate": "train/lr",
@@ -39,7 +40,7 @@ def charts(tasks: Sequence[str], kinds: Collection[str]) -> dict[str, dict[str, 
         "The run": {title: f"{tag}$" for title, tag in OF_RUN.items()},
     }
     parts = [tasks[start : start + TASKS_A_CHART] for start in range(0, len(tasks), TASKS_A_CHART)]
-    for title in [title for title, kind in of_tasks.items() if kind.endswith("/loss") and len(parts) > 1]:
+    for title in [title for title, kind in of_tasks.items() if kind in IN_PARTS and len(parts) > 1]:
         found[f"{title.capitalize()}, {TASKS_A_CHART} tasks a chart"] = {
             f"{part[0]} to {part[-1]}": f"{of_tasks[title]}/({'|'.join(map(re.escape, part))})$" for part in parts
         }

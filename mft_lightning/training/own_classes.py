@@ -72,13 +72,11 @@ def own_callbacks(given: Any) -> list[L.Callback]:
     return [*own, StopTogether()] if own else []
 
 
-def with_own_loggers(loggers: list[Logger], given: Any) -> list[Logger]:
-    """The loggers of a run, and beside them those of ``trainer.logger``; none where it is false."""
-    if given is False:
-        return []
-    own = [] if given is True else listed(given)
+def own_loggers(given: Any) -> list[Logger]:
+    """Those of ``trainer.logger``."""
+    own = [] if isinstance(given, bool) else listed(given)
     _check_loggers(own)
-    return [*loggers, *own]
+    return own
 
 
 def _check_callbacks(callbacks: Sequence[L.Callback]) -> None:

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, Timer
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 from torch import Tensor
 
+from mft_lightning.model.module import MFTModule
 from mft_lightning.screen import console, duration
 from mft_lightning.training.task_losses import in_a_line, of_tasks
 
@@ -87,6 +88,9 @@ class RunBar(ProgressBar):
         self._run = self._add("step", self.total_steps, completed=step)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        self._show_step(trainer, cast(MFTModule, pl_module).datamodule.task_names)
+
+    def _show_step(self, trainer: L.Trainer, tasks: Sequence[str]) -> None:
         if self._progress is None or self._run is None:
             return
         step, parts = trainer.global_step, []
@@ -96,7 +100,8 @@ class RunBar(ProgressBar):
             parts.append(f"{float(metrics['train/tokens_per_second']):,.0f} tokens/s")
             if metrics["train/loss"] is not self._told.get("train/loss"):  # another step was logged
                 fresh = {name: value for name, value in metrics.items() if value is not self._told.get(name)}
-                self._progress.losses = of_tasks(fresh, "train/loss")
+                losses = of_tasks(fresh, "train/loss")
+                self._progress.losses = {task: losses[task] for task in tasks if task in losses}
                 self._told = dict(metrics)
         if left := self.pace.left(step):
             parts.append(f"{left} left")
@@ -107,22 +112,18 @@ class RunBar(ProgressBar):
 
     # ---------------------------------------------------------------- validations and tests
 
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.start_part("validating before the first step", trainer.num_sanity_val_batches)
-
-    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.end_part()
-
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.start_part("validating", trainer.num_val_batches)
+        if trainer.sanity_checking:
+            self.start_part("validating before the first step", trainer.num_sanity_val_batches)
+            return
+        self._show_step(trainer, cast(MFTModule, pl_module).datamodule.task_names)  # whose end is yet to come
+        self.start_part("validating", trainer.num_val_batches)
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         self.advance_part()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self.end_part()
+        self.end_part()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start_part("testing", trainer.num_test_batches)

@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ProgressBar, Timer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -28,7 +29,7 @@ from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.introduction import Introduction
 from mft_lightning.training.layout import find_layout, slurm_task
 from mft_lightning.training.loggers import MetricsCSV, PlainLines
-from mft_lightning.training.own_classes import count_steps_taken, listed, own_callbacks, with_own_loggers
+from mft_lightning.training.own_classes import count_steps_taken, listed, own_callbacks, own_loggers
 from mft_lightning.training.progress import Pace, RunBar
 from mft_lightning.training.signals import EndAtOnce
 from mft_lightning.training.skipped_steps import SKIPPED_STEPS, SkippedSteps
@@ -140,10 +141,8 @@ def fit_trainer(
     timer = _timer(keys["max_time"]) if keys.get("max_time") is not None else None
     callbacks += [timer] if timer is not None else []
     callbacks += extra_callbacks
-    curves = Curves(tensorboard_dir, resumed_step, introduction)
-    loggers = with_own_loggers([curves, MetricsCSV(output_dir / "metrics.csv", resumed_step)], keys.get("logger"))
-    skipped = SkippedSteps(output_dir / SKIPPED_STEPS)
-    callbacks += [StepLogging(keys["log_every_n_steps"], skipped, measures_peak=bool(loggers)), skipped]
+    logs, skipped = keys.get("logger") is not False, SkippedSteps(output_dir / SKIPPED_STEPS)
+    callbacks += [StepLogging(keys["log_every_n_steps"], skipped, measures_peak=logs), skipped]
     callbacks += own_callbacks(keys.get("callbacks"))
     callbacks.append(Balancing())
     if checkpoint_io.module.source.init == "random":
@@ -156,7 +155,11 @@ def fit_trainer(
     callbacks.append(HFModelCheckpoint(settings.checkpoint, output_dir, evaluation, checkpoint_io))
     bar, pace = _shows_bar(keys), Pace(total_steps, timer)
     callbacks += [RunBar(total_steps, pace)] if bar and not _own_bar(keys) else []
-    loggers.append(PlainLines(total_steps, None if bar else pace))
+    loggers: list[Logger] = [PlainLines(total_steps, None if bar else pace)]
+    if logs:
+        curves = Curves(tensorboard_dir, resumed_step, introduction)
+        loggers = [curves, MetricsCSV(output_dir / "metrics.csv", resumed_step), *loggers]
+    loggers += own_loggers(keys.get("logger"))  # after the line on the screen, which none of them may cost
     trainer = _trainer(
         {
             **keys,

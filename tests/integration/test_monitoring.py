@@ -112,9 +112,9 @@ def test_the_page_of_custom_scalars_has_all_tasks_in_one_chart(ask: Ask) -> None
 
 
 def test_texts_and_lengths_tell_of_the_data_and_the_keys(ask: Ask, runs: Path) -> None:
-    (data,) = ask("plugin/text/text", run="whole/runs", tag="data")
+    (data,) = ask("plugin/text/text", run="whole/runs", tag="run/data")
     assert data["text"].count("<table>") == 2 and all(task in data["text"].replace("&#95;", "_") for task in TASKS)
-    (config,) = ask("plugin/text/text", run="resumed/runs", tag="config")
+    (config,) = ask("plugin/text/text", run="resumed/runs", tag="run/config")
     assert "<pre><code>" in config["text"] and "learning_rate: 0.002" in config["text"]
     ((_, step, bins),) = ask("plugin/histograms/histograms", run="whole/runs", tag="train/tokens/unit_tests")
     assert step == 0 and sum(count for _, _, count in bins) == pytest.approx(240)
@@ -122,8 +122,9 @@ def test_texts_and_lengths_tell_of_the_data_and_the_keys(ask: Ask, runs: Path) -
 
 def test_many_tasks_are_also_charted_a_few_at_a_time() -> None:
     names = [f"task.{number}" for number in range(3 * TASKS_A_CHART - 1)]
-    found = charts(names, ["train/loss", "val/loss"])
-    assert list(found)[2:] == [f"{kind} loss, {TASKS_A_CHART} tasks a chart" for kind in ("Training", "Validation")]
+    found = charts(names, ["train/loss", "val/loss", "train/weight", "val/accuracy"])
+    kinds = ("Training loss", "Validation loss", "Weights in the loss")
+    assert list(found)[2:] == [f"{kind}, {TASKS_A_CHART} tasks a chart" for kind in kinds]
     assert all(len(found[category]) == 3 for category in list(found)[2:])
     assert len(charts(names[:TASKS_A_CHART], ["train/loss"])) == 2
 

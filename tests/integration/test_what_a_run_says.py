@@ -64,7 +64,7 @@ def test_the_start(fit: Callable[..., Path], tmp_path: Path, capsys: pytest.Capt
     assert said["steps"].startswith("2 (") and "warm-up 2" in said["steps"] and "cosine" in said["steps"]
     assert said["device"] == "1 x cpu, precision 32-true" and said["output"] == str(tmp_path / "run")
     assert said["loss"].startswith("case3: tasks count alike") and "sampling" not in said
-    assert re.fullmatch(r"about 0\.0\d GiB in a step, of \d+\.\d GiB for each process", said["memory"])
+    assert re.fullmatch(r"about 0\.0\d GiB of tensors in a step, of \d+\.\d GiB for each process", said["memory"])
 
 
 def test_a_run_that_does_not_fit_is_told_so_before_it_tries(

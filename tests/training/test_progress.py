@@ -68,8 +68,8 @@ def test_a_time_limit_may_come_first(clock: Clock) -> None:
 def test_losses_below_the_bar_are_those_of_the_last_logged_step(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     monkeypatch.setattr(progress, "console", lambda: Console(file=file, width=70, force_terminal=True))
-    trainer: Any = SimpleNamespace(global_step=0, callback_metrics={})
-    module: Any = None
+    trainer: Any = SimpleNamespace(global_step=0, callback_metrics={}, sanity_checking=False, num_val_batches=[3])
+    module: Any = SimpleNamespace(datamodule=SimpleNamespace(task_names=["a", "b"]))
     bar = RunBar(4)
     bar.on_train_start(trainer, module)
 
@@ -84,8 +84,16 @@ def test_losses_below_the_bar_are_those_of_the_last_logged_step(monkeypatch: pyt
         return file.getvalue()
 
     trainer.callback_metrics["train/tokens_per_second"] = torch.tensor(1.0)
-    assert "a 1.0000  b 3.0000" in shown_after(train_loss=2.0, train_loss_a=1.0, train_loss_b=3.0)
+    assert "b 3.0000" in shown_after(train_loss=3.0, train_loss_b=3.0)
+    assert "a 1.0000  b 3.0000" in shown_after(train_loss=2.0, train_loss_b=3.0, train_loss_a=1.0)  # in their order
     said = shown_after(train_loss=0.5, train_loss_b=0.5)
     assert "b 0.5000" in said and "a 1.0000" not in said
     assert "b 0.5000" in shown_after()  # of a step that was not logged
+    trainer.callback_metrics |= {"train/loss": torch.tensor(0.25), "train/loss/a": torch.tensor(0.25)}
+    trainer.global_step += 1
+    bar.on_validation_start(trainer, module)  # before the end of its step
+    file.seek(0), file.truncate()
+    assert bar._progress is not None
+    bar._progress.refresh()
+    assert "5/" in file.getvalue() and "a 0.2500" in file.getvalue() and "0/3" in file.getvalue()
     bar.on_train_end(trainer, module)

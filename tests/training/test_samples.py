@@ -140,7 +140,7 @@ def test_every_validation_has_the_checkpoint_s_own_answers(
     at_end = len(questions(data, "valid", 3, 0))  # those that are shown are among those that count
     assert sum(prompts) == 6 + 6 + at_end
     found = texts(tmp_path / "run")
-    assert found.keys() == {"config", "data", *(f"answers/{task}" for task in TASKS)}
+    assert found.keys() == {"run/config", "run/data", *(f"answers/{task}" for task in TASKS)}
     assert all(list(found[f"answers/{task}"]) == [0, 2, 4] for task in TASKS)
     for step in (2, 4):
         checkpoint = tmp_path / "run" / f"step-0000000{step}"
@@ -164,7 +164,9 @@ def test_two_ranks_write_what_one_process_writes(arguments: Callable[..., list[s
     ours = texts(tmp_path / "one")
     for how in ("ddp", "fsdp"):
         theirs = texts(tmp_path / how)
-        assert {tag for tag in ours if ours[tag] != theirs[tag]} == {"config", "data"}, how  # which tell of the devices
+        assert {tag for tag in ours if ours[tag] != theirs[tag]} == {"run/config", "run/data"}, (
+            how
+        )  # which tell of the devices
         assert len(list((tmp_path / how / "runs").iterdir())) == 2
 
 
