@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mft_lightning.aside import aside_of
-from mft_lightning.errors import UserError, first_line
+from mft_lightning.errors import UserError, first_line, nearest
 
 
 def given_path(given: str | Path, key: str) -> Path:
@@ -43,6 +43,15 @@ def given_file(given: str | Path, key: str) -> Path:
         raise UserError(f"{key} {given}: is no regular file. Give one, or the name of a new one.")
     _check(aside_of(path), f"{key} {given}")
     return path
+
+
+def nearest_beside(path: str | Path) -> str:
+    """A sentence with what stands at a path that is spelt most alike; empty where nothing is, or there is no such."""
+    path = Path(path)
+    try:
+        return nearest(str(path), [str(path.parent / other.name) for other in path.parent.iterdir()], 0.8)
+    except (OSError, ValueError):  # a directory that is not there, or a NUL
+        return ""
 
 
 def _check(path: Path, where: str) -> None:

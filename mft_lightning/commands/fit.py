@@ -22,7 +22,7 @@ from mft_lightning.commands.outcome import run_summary, task_results
 from mft_lightning.commands.report import SKIPPED, run_plan
 from mft_lightning.commands.step_memory import step_memory
 from mft_lightning.data.datamodule import MFTDataModule
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, nearest
 from mft_lightning.model.compiled import require_compiler
 from mft_lightning.quiet import quieten
 from mft_lightning.run_config import RunConfig
@@ -232,8 +232,9 @@ def _check_evaluation(config: Run, datamodule: MFTDataModule) -> None:
     datamodule.check_evaluation("valid", in_training=True)
     evaluated = [name for name in datamodule.task_names if name not in datamodule.exclude_tasks]
     each = [f"val/{kind}/{name}" for kind in ("loss", "perplexity", "accuracy") for name in evaluated]
-    if monitor not in ("val/loss", *each):
-        raise UserError(f"checkpoint.monitor: {monitor!r} is none of val/loss, {', '.join(each)}.")
+    known = ["val/loss", *each]
+    if monitor not in known:
+        raise UserError(f"checkpoint.monitor: {monitor!r} is none of {', '.join(known)}.{nearest(monitor, known)}")
 
 
 def _check_writable(directory: Path, key: str) -> None:

@@ -21,7 +21,7 @@ from mft_lightning.data.tasks import Task
 from mft_lightning.data.token_cache import CacheSettings, TokenCache
 from mft_lightning.data.token_table import TokenTable
 from mft_lightning.data.workers import loader_options
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, nearest
 
 
 class EvaluatedData(L.LightningDataModule):
@@ -75,7 +75,10 @@ class EvaluatedData(L.LightningDataModule):
         self.max_evaluation_conversations = per_task
         self.exclude_tasks = exclude_tasks
         if unknown := [name for name in self.exclude_tasks if name not in self.task_names]:
-            raise UserError(f"evaluation.exclude_tasks: {unknown} is none of the tasks {', '.join(self.task_names)}.")
+            raise UserError(
+                f"evaluation.exclude_tasks: {unknown} is none of the tasks {', '.join(self.task_names)}."
+                + nearest(unknown[0], self.task_names)
+            )
         if set(self.exclude_tasks) == set(self.task_names):
             raise UserError("evaluation.exclude_tasks: leaves no task to evaluate. Set evaluation.strategy: none.")
 

@@ -11,6 +11,7 @@ from stat import S_ISDIR, S_ISREG
 
 from mft_lightning.data.tasks import Task
 from mft_lightning.errors import UserError
+from mft_lightning.paths import nearest_beside
 
 LOOKED_AT = 1000  # files in a directory that is no data file, before it is taken for none of ours
 _DATA_FILE = re.compile(r"(?P<plain>[^.].*\.jsonl)(\.gz|\.zst)?", re.DOTALL)
@@ -43,7 +44,7 @@ def find_files(task: Task) -> TaskFiles:
         why = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"{task.key}: {task.directory} is not a directory that can be read ({why}). "
-            "Give the task's directory of *.jsonl files."
+            f"Give the task's directory of *.jsonl files.{nearest_beside(task.directory)}"
         ) from error
     files: dict[str, Path] = {}
     unread = []

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mft_lightning.errors import UserError, misread
+from mft_lightning.errors import UserError, misread, nearest
 from mft_lightning.shipped import expanded, shipped_example
 
 _TASK_NAME = re.compile(r"[\w][\w .+-]*")
@@ -107,7 +107,10 @@ def find_validation_tasks(paths: Sequence[str] | str | None, tasks: Sequence[Tas
     names = [task.name for task in tasks]
     found = find_tasks(paths, "data.valid_data_paths")
     if unknown := [task.name for task in found if task.name not in names]:
-        raise UserError(f"data.valid_data_paths: {', '.join(unknown)} is none of the tasks {', '.join(names)}.")
+        raise UserError(
+            f"data.valid_data_paths: {', '.join(unknown)} is none of the tasks {', '.join(names)}."
+            + nearest(unknown[0], names)
+        )
     own = {os.path.realpath(task.directory) for task in tasks}
     if same := [task for task in found if os.path.realpath(task.directory) in own]:
         raise UserError(
@@ -132,7 +135,7 @@ def in_task_order(values: Mapping[Any, Any], names: Sequence[str], key: str, wha
         other = [name for name in wrong if not isinstance(name, str)]
         raise UserError(
             f"{key}: give one {what} for each of {', '.join(names)} (see {wrong}){instead}."
-            + (f" {misread(other)}" if other else "")
+            + (f" {misread(other)}" if other else nearest(wrong[0], names) if wrong[0] not in names else "")
         )
     return [named[name] for name in names]
 

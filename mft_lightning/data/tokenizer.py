@@ -15,6 +15,7 @@ from mft_lightning.data.chat_encoder import marker
 from mft_lightning.data.chat_format import CHAT_TEMPLATE
 from mft_lightning.data.records import ROLES
 from mft_lightning.errors import UserError, first_line
+from mft_lightning.paths import nearest_beside
 from mft_lightning.shipped import expanded
 
 NEOX_PAD = "<|padding|>"
@@ -66,7 +67,7 @@ def load_tokenizer(
         UserError: nothing there, or a token that the tokenizer lacks.
     """
     if path.startswith(("/", ".", "~")) and not expanded(path).is_dir():
-        raise UserError(f"model.pretrained_model_path: no such directory: {path}.")
+        raise UserError(f"model.pretrained_model_path: no such directory: {path}.{nearest_beside(path)}")
     if Path(path).is_dir() and not has_tokenizer(path):
         raise UserError(f"{where}: no tokenizer in {path!r}. Give a directory that holds tokenizer files.")
     try:
@@ -76,7 +77,7 @@ def load_tokenizer(
     except Exception as error:  # tokenizers has no class of its own for what it cannot read
         raise UserError(
             f"{where}: no tokenizer in {path!r} ({first_line(error)}). Give a directory that holds tokenizer files, "
-            "or a hub id that can be reached."
+            f"or a hub id that can be reached.{nearest_beside(path)}"
         ) from error
     vocabulary = tokenizer.get_vocab()
     for key, token in (("data.eos_token", eos_token), ("data.pad_token", pad_token)):

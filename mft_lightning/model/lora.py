@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from mft_lightning.errors import UserError, first_line
+from mft_lightning.errors import UserError, first_line, nearest
 from mft_lightning.model.saved_adapter import peft_config
 from mft_lightning.model.settings import LoraSettings
 from mft_lightning.model.whole_modules import whole_modules
@@ -69,7 +69,9 @@ def add_lora(
         if unknown := [
             end for end in config.target_modules if not any(f".{name}".endswith(f".{end}") for name in layers)
         ]:
-            raise UserError(f"model.lora.target_modules: {unknown} is none of the linear layers {ends}.")
+            raise UserError(
+                f"model.lora.target_modules: {unknown} is none of the linear layers {ends}.{nearest(unknown[0], ends)}"
+            )
     targets = [] if isinstance(config.target_modules, str) else list(config.target_modules)
     config.modules_to_save = _whole(model, settings, config, targets, new_tokens=new_tokens, grown=grown) or None
     tied = {name.removesuffix(".weight") for name in model.all_tied_weights_keys}

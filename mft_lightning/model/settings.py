@@ -7,8 +7,10 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, nearest
 from mft_lightning.words import check_words
+
+INITS = ("default", "pissa", "pissa_niter_16", "olora")  # and pissa_niter_ of another number
 
 
 @dataclass(kw_only=True)
@@ -60,7 +62,7 @@ class LoraSettings:
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.lora.dropout: {self.dropout} is not in [0, 1).")
         if not re.fullmatch(r"default|pissa(_niter_\d+)?|olora", self.init):
-            raise UserError(f"model.lora.init: {self.init!r} is none of default, pissa, pissa_niter_16, olora.")
+            raise UserError(f"model.lora.init: {self.init!r} is none of {', '.join(INITS)}.{nearest(self.init, INITS)}")
         if self.changes_base and self.dropout:
             raise UserError(
                 f"model.lora.init: with {self.init} adapters hold the largest part of the base, whose inputs dropout "
