@@ -51,8 +51,7 @@ def _read(text: str, path: str) -> Any:
         raise UserError(f"{path}: holds no keys. Write them as group, colon, and the keys below it, indented.")
     if not isinstance(found, dict):
         return found
-    key_lines(text, path)
-    return _filled(found, "", path)
+    return _filled(found, "", path, key_lines(text, path))
 
 
 def escaped(value: Any) -> Any:
@@ -67,16 +66,25 @@ def escaped(value: Any) -> Any:
 set_loader(MODE, read, (yaml.YAMLError,))
 
 
-def _filled(value: Any, key: str, path: str) -> Any:
+def _filled(value: Any, key: str, path: str, lines: dict[str, int]) -> Any:
     if isinstance(value, dict):
         if path and (other := [name for name in value if not isinstance(name, str)]):
-            raise UserError(f"{key or 'the first level'} ({path}): {misread(other)}")
-        return {name: _filled(item, f"{key}.{name}" if key else name, path) for name, item in value.items()}
+            raise UserError(f"{key or 'the first level'}{_file(key, path, lines)}: {misread(other)}")
+        return {name: _filled(item, f"{key}.{name}" if key else name, path, lines) for name, item in value.items()}
     if isinstance(value, list):
-        return [_filled(item, key, path) for item in value]
+        return [_filled(item, key, path, lines) for item in value]
     if not isinstance(value, str) or "${" not in value:
         return value
-    return _replaced(value, value, f"{key} ({path})" if path else key)
+    return _replaced(value, value, f"{key}{_file(key, path, lines)}")
+
+
+def _file(key: str, path: str, lines: dict[str, int]) -> str:
+    """The file and the line of a key, or of the list that it is in."""
+    if not path:
+        return ""
+    while key and key not in lines:
+        key = key.rpartition(".")[0]
+    return f" ({path}:{lines[key]})" if key else f" ({path})"
 
 
 def _replaced(text: str, value: str, where: str) -> str:

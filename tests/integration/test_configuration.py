@@ -177,7 +177,7 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         ("zzz: 1", "zzz (mine.yaml:1): there is no such key. See --help."),
         ("data: {seq_length: 32}\ndata: {on_overlong: drop}", "data (mine.yaml:2): stands twice, in line 1 too."),
-        ("data: {cache_dir: '${NOT_SET_ANYWHERE}'}", "data.cache_dir (mine.yaml): the environment variable NOT_SET"),
+        ("data: {cache_dir: '${NOT_SET_ANYWHERE}'}", "data.cache_dir (mine.yaml:1): the environment variable NOT_SET"),
     ],
 )
 def test_a_wrong_file_is_one_message(refused: Callable[..., str], tmp_path: Path, written: str, message: str) -> None:

@@ -138,7 +138,7 @@ def test_a_setting_that_cannot_work(
         ),
         (
             "data: {task_weights: {no: 1}}",
-            "data.task_weights (names.yaml): YAML reads a name as False. Put it in quotes.",
+            "data.task_weights (names.yaml:1): YAML reads a name as False. Put it in quotes.",
         ),
     ],
 )
