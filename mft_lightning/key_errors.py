@@ -5,18 +5,15 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
-import json
 import re
 from collections.abc import Callable, Sequence, Set
-from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from mft_lightning.class_errors import class_error
-from mft_lightning.errors import UserError, misread, nearest
-from mft_lightning.schema import Node, allowed, choices, keys_of, schema_of, takes
-
-Documented = Callable[[str], str]  # a key -> where it is documented
+from mft_lightning.errors import UserError, misread
+from mft_lightning.refusals import Documented, given, refusal
+from mft_lightning.schema import Node, keys_of, schema_of, takes
 
 _UNKNOWN = (
     r"unrecognized arguments: --(?P<key>[\w.-]+)",
@@ -37,7 +34,6 @@ _REASON = (
 )
 _LINKED = r'Linked "(?P<key>[\w.]+)" must be given via "(?P<by>[\w., ]+)"'
 _REFUSED = re.compile(r'Parser key "(?P<key>[\w.]+)"[^:\n]*:(?P<why>.*)', re.DOTALL)
-_VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
 
 
 def parse(
@@ -98,8 +94,9 @@ def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: D
         missing; a value that a key does not take, with what it takes; anything else without internals.
     """
     refused = _REFUSED.search(message)
-    if refused and (said := class_error(refused["key"], refused["why"])) is not None:
-        return f"{said} See {documented(refused['key'])}."
+    node = nodes.get(refused["key"], {}) if refused else {}
+    if refused and (said := class_error(refused["key"], refused["why"], node, documented)) is not None:
+        return said
     for pattern in _UNKNOWN:
         if match := re.search(pattern, message):
             found = match.groupdict()
@@ -117,7 +114,7 @@ def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: D
     if refused:
         key, why = refused["key"], refused["why"]
         if key in nodes:
-            return _refused(key, why, nodes[key], documented)
+            return _refused(key, why, node, documented)
         if "Unable to load config" in why:
             return f"{key}: is a group of keys, {key}.NAME. Give them one by one, or a YAML file of them."
     return re.sub(r'Parser key "([\w.]+)":', r"\1:", message)
@@ -130,32 +127,10 @@ def follows(others: Sequence[str], documented: Documented) -> str:
 
 def _refused(key: str, why: str, node: Node, documented: Documented) -> str:
     """What a key takes, in place of all that the parser tried."""
-    value = _given(why)
+    value = given(why)
     if value is None and "null" in takes(node):
         value = "None"  # which YAML has for text
     return refusal(key, value, node, documented)
-
-
-def refusal(key: str, value: Any, node: Node, documented: Documented) -> str:
-    """That a key does not take a value, and what it takes."""
-    if value is None and "default" not in node:
-        return f"{key}: is missing. Give it in a --config file or on the command line. See {documented(key)}."
-    shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    taken = f"{key}: {shown if len(shown) <= 80 else f'{shown[:77]}...'} is refused; it takes {allowed(node)}."
-    if value is None:
-        taken += f" Leave it out for its default, {node['default']}."
-    return f"{taken}{nearest(str(value), map(str, choices(node)))} See {documented(key)}."
-
-
-def _given(why: str) -> Any:
-    """The refused value as a message has it: text, or what Python's syntax makes of it."""
-    written = (_VALUE.findall(why) or [""])[-1].strip()  # the first ones may be of parts of it
-    nested = re.fullmatch(r"NestedArg\(key='(\w+)', val=(.*)\)", written, re.DOTALL)
-    written = nested[2] if nested else written
-    try:
-        return ast.literal_eval(written)
-    except (ValueError, SyntaxError):
-        return written
 
 
 def _no_text(written: str) -> list[object]:

@@ -13,7 +13,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from mft_lightning.commented import commented
 from mft_lightning.documented import page
 from mft_lightning.errors import UserError
-from mft_lightning.key_errors import follows, parse, refusal
+from mft_lightning.key_errors import follows, parse
+from mft_lightning.refusals import refusal
 from mft_lightning.schema import Node, class_form, keys_of, schema_of, takes
 from mft_lightning.training.strategies import SHORT_NAMES
 from mft_lightning.training.trainer import ELSEWHERE, WEIGHTS_DTYPE

@@ -37,7 +37,10 @@ class _OpenClasses(ParserJsonschema):
 
     def callable_schema(self, typehint: Any, action: Any) -> Node:
         """What makes an object of a class: such a class by its whole path, unlike words that may stand there too."""
-        made: Node = super().callable_schema(typehint, action)["anyOf"][-1]
+        node: Node = super().callable_schema(typehint, action)
+        if "anyOf" not in node:  # a function alone
+            return node
+        made: Node = node["anyOf"][-1]
         self.defs[made["$ref"].rpartition("/")[2]]["anyOf"][0] = {"type": "string", "pattern": r"\."}
         return made
 
@@ -45,6 +48,7 @@ class _OpenClasses(ParserJsonschema):
 def class_form(name: str) -> Node:
     """A class by its path, with its arguments."""
     return {
+        "title": name,
         "type": "object",
         "additionalProperties": False,
         "required": ["class_path"],
@@ -136,6 +140,24 @@ def choices(node: Node) -> list[Any]:
     return found
 
 
+def classes(node: Node) -> list[str]:
+    """The kinds of classes that a key takes one or several of, by name."""
+    if "anyOf" in node:
+        return [name for part in node["anyOf"] for name in classes(part)]
+    if "items" in node:
+        return classes(node["items"])
+    if "properties" in node:
+        return [node.get("title", "class")]
+    return [node["$ref"].rpartition("/")[2]] if "$ref" in node and node != _VARIABLE else []
+
+
+def arguments(kind: type) -> dict[str, Node]:
+    """What each argument of a class takes, by name."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, fail_untyped=False)
+    return dict(keys_of(schema_of(parser)))
+
+
 def _takes_text(node: Node, schema: Node) -> bool:
     if "$ref" in node:
         return _takes_text(schema["$defs"][node["$ref"].rpartition("/")[2]], schema)
@@ -170,8 +192,7 @@ def takes(node: Node) -> list[str]:
     if node == _VARIABLE:
         return []
     if "$ref" in node or "properties" in node:
-        name = node["$ref"].rpartition("/")[2] if "$ref" in node else "class"
-        return [f"{_a(name)} by its class_path"]
+        return [f"{_a(classes(node)[0])} by its class_path"]
     if "anyOf" in node:
         found = [word for part in node["anyOf"] for word in takes(part)]
     elif "enum" in node:

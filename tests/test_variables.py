@@ -43,7 +43,10 @@ def test_what_variables_hold_stands_in_their_place(monkeypatch: pytest.MonkeyPat
         ),
         ("a:\n- b\n- {c: '${GONE}'}", r"^a.c \(run.yaml:1\): the environment variable GONE"),  # of the list
         ("c: ${EMPTY}", r"the environment variable EMPTY is set to nothing"),
-        ("a:\n  b: ${oc.env:HOME}/x", r"^a.b \(run.yaml:2\): '\$\{oc.env:HOME\}/x' names no variable. Write \$\{NAME\}"),
+        (
+            "a:\n  b: ${oc.env:HOME}/x",
+            r"^a.b \(run.yaml:2\): '\$\{oc.env:HOME\}/x' names no variable. Write \$\{NAME\}",
+        ),
         ("a: ${GONE:-${GONE}/x}", r"^a \(run.yaml:1\): the environment variable GONE is not set"),
         ("a: ${GONE:-/tmp/${x}", r"^a \(run.yaml:1\): .* names no variable"),
         ("a:\n  b: [${GONE}/y]", r"^run.yaml:2: is not valid YAML \(.*\). Put a value with \$\{...\} in quotes"),

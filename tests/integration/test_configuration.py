@@ -161,7 +161,7 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             "trainer: {logger: {class_path: CSVLogger, init_args: {save_dirr: x}}}",
-            "trainer.logger (mine.yaml:1): CSVLogger takes no save_dirr here. See docs/own_classes.md#loggers.",
+            "trainer.logger (mine.yaml:1): CSVLogger takes no save_dirr. The nearest is save_dir. See docs/own",
         ),
         (
             "trainer: {logger: {class_path: gone.Logger}}",
@@ -169,7 +169,18 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             "model: {optimizer: {class_path: torch.optim.SGD, init_args: {momentum: [1]}}}",
-            "model.optimizer (mine.yaml:1): SGD takes no such value as momentum, but a float. See docs/",
+            "model.optimizer (mine.yaml:1): momentum of SGD: [1] is refused; it takes a number. See docs/",
+        ),
+        (
+            "trainer: {callbacks: [Timer, {class_path: LearningRateMonitor, init_args: {logging_interval: stepp}}]}",
+            "logging_interval of LearningRateMonitor: 'stepp' is refused; it takes one of step, epoch, or null. The n",
+        ),
+        ("trainer: {callbacks: [Timer, EarlyStoping]}", "no Callback goes by the name EarlyStoping. The nearest is E"),
+        ("trainer: {callbacks: [{class: Timer}]}", "class: is none of class_path, init_args, dict_kwargs. Put the"),
+        ("trainer: {logger: TensorBordLogger}", "or null. The nearest is TensorBoardLogger. See docs/own_classes.md#l"),
+        (
+            "trainer: {strategy: {class_path: DDPStrategy, init_args: {find_unused: true}}}",
+            "trainer.strategy (mine.yaml:1): DDPStrategy takes no find_unused. The nearest is find_unused_parameters.",
         ),
         (
             "model:\n  learning-rate: 1",

@@ -104,7 +104,7 @@ FAULTS = "tests.integration.faults"
 REFUSED = [
     (
         "--model.optimizer torch.optim.SDG",
-        "model.optimizer: torch.optim.SDG is none of adamw, paged_adamw, and no class",
+        "'torch.optim' has no attribute 'SDG'). The nearest is torch.optim.SGD. See docs/training.md#learning-rate.",
     ),
     (
         "--model.optimizer torch.optim.SGD --model.optimizer.lr 3",
@@ -126,18 +126,25 @@ REFUSED = [
         "it takes one of case1, case2, case3, case4, coba, famo, or a Balancer by its",
     ),
     ("--model.weighted_loss_mode own.StopBelow", "own.StopBelow is none of case1"),
-    ("--model.weighted_loss_mode own.HarderFirst --model.weighted_loss_mode.powr 3", "HarderFirst takes no powr here."),
+    (
+        "--model.weighted_loss_mode own.HarderFirst --model.weighted_loss_mode.powr 3",
+        "HarderFirst takes no powr. The nearest is power.",
+    ),
     (
         "--model.weighted_loss_mode own.HarderFirst --model.coba.tau 1",
         "model.coba: is set, but model.weighted_loss_mode",
     ),
     ("--trainer.callbacks+=own.Nowhere", "trainer.callbacks: own.Nowhere is no class that can be used (module 'own'"),
     ("--trainer.callbacks+=own.SignSGD", "trainer.callbacks: own.SignSGD is no class that can be used (no Callback"),
-    ("--trainer.callbacks+=own.StopBelow", "(the following arguments are required: loss)"),
-    ("--trainer.callbacks+=own.StopBelow --trainer.callbacks.loss x", "StopBelow takes no such value as loss, but a"),
+    ("--trainer.callbacks+=own.StopBelo", "The nearest is own.StopBelow. See docs/own_classes.md#callbacks."),
+    ("--trainer.callbacks+=own.StopBelow", "trainer.callbacks: StopBelow needs loss. Give it in init_args."),
+    (
+        "--trainer.callbacks+=own.StopBelow --trainer.callbacks.loss x",
+        "loss of StopBelow: 'x' is refused; it takes a number.",
+    ),
     (
         "--trainer.logger CSVLogger",
-        "CSVLogger is no class that can be used (the following arguments are required: save",
+        "trainer.logger: CSVLogger needs save_dir. Give it in init_args. See docs/own_classes.md#loggers.",
     ),
     (f"--model.optimizer {FAULTS}.UnmadeOptimizer", "model.optimizer: cannot be made of these parameters (no such dev"),
     (f"--model.weighted_loss_mode {FAULTS}.Unfinished", "of 3 task(s) (Can't instantiate abstract class Unfinished"),
