@@ -66,6 +66,7 @@ PAGES = {
     "trainer.strategy": "docs/parallel.md",
     "trainer.devices": "docs/parallel.md",
     "trainer.num_nodes": "docs/parallel.md",
+    "trainer.accelerator": "docs/parallel.md",
     "trainer.gradient_clip_val": _RATE,
     "trainer.callbacks": "docs/own_classes.md#callbacks",
     "trainer.logger": "docs/own_classes.md#loggers",

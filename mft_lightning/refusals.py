@@ -14,6 +14,18 @@ from mft_lightning.schema import Node, allowed, choices, classes
 
 Documented = Callable[[str], str]  # a key -> where it is documented
 
+# words of other programs, or of other versions -> the word or class that says it here
+_OTHER_WORDS = {
+    **dict.fromkeys(("bf16", "bfloat16"), "bf16-mixed"),
+    **dict.fromkeys(("16", "fp16", "float16"), "16-mixed"),
+    **dict.fromkeys(("fp32", "float32"), "32-true"),
+    **dict.fromkeys(("64", "fp64", "float64"), "64-true"),
+    **dict.fromkeys(("ddp_find_unused_parameters_true", "ddp_spawn", "ddp_notebook", "dp"), "ddp"),
+    **dict.fromkeys(("deepspeed", "deepspeed_stage_2", "deepspeed_stage_3"), "DeepSpeedStrategy"),
+    "wandb": "WandbLogger",
+    "mlflow": "MLFlowLogger",
+    "csv": "CSVLogger",
+}
 _VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
 
 
@@ -26,7 +38,15 @@ def refusal(key: str, value: Any, node: Node, documented: Documented) -> str:
     if value is None:
         taken += f" Leave it out for its default, {node['default']}."
     known = [*map(str, choices(node)), *(name for kind in classes(node) for name in names_of(kind))]
-    return f"{taken}{nearest(str(value), known)} See {documented(key)}."
+    return f"{taken}{_nearest(key, str(value), known)} See {documented(key)}."
+
+
+def _nearest(key: str, word: str, known: list[str]) -> str:
+    """The word or class that is meant, or is spelt most alike, in a sentence; empty where none is."""
+    meant, name = _OTHER_WORDS.get(word), word.rpartition(".")[2]
+    if meant in known:
+        return f" Here it is {meant}."
+    return f" Write it as {key}.class_path." if name in known else nearest(name, known)
 
 
 def given(why: str) -> Any:

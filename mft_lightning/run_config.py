@@ -116,9 +116,14 @@ class RunConfig(LightningCLI):
         self.config = self.parser.keys(_with_shipped_configs(args))
 
     def before_instantiate_classes(self) -> None:
-        check_trainer_keys(self.trainer_keys(self.config))
+        with self.parser.placing(self.command[1:]):
+            check_trainer_keys(self.trainer_keys(self.config))
 
     def instantiate_classes(self) -> None:
+        with self.parser.placing(self.command[1:]):
+            self._instantiate()
+
+    def _instantiate(self) -> None:
         self.config_init = instantiate(self.parser, self.config)
         self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
         self.settings = RunSettings(**{group: self.config_init[group] for group in GROUPS}, command=self.command)

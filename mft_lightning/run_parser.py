@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from jsonargparse import Namespace
@@ -15,9 +16,10 @@ from mft_lightning.documented import page
 from mft_lightning.errors import UserError
 from mft_lightning.key_errors import follows, parse
 from mft_lightning.refusals import refusal
-from mft_lightning.schema import Node, class_form, keys_of, schema_of, takes
-from mft_lightning.training.strategies import SHORT_NAMES
-from mft_lightning.training.trainer import ELSEWHERE, WEIGHTS_DTYPE
+from mft_lightning.schema import Node, choices, class_form, keys_of, schema_of, takes
+from mft_lightning.training.layout import ACCELERATORS
+from mft_lightning.training.strategies import TAKEN as STRATEGIES
+from mft_lightning.training.trainer import ELSEWHERE, PROFILERS, WEIGHTS_DTYPE
 from mft_lightning.variables import escaped, read
 from mft_lightning.yaml_keys import key_lines
 
@@ -37,15 +39,27 @@ class RunParser(LightningArgumentParser):
         Raises:
             UserError: a key that is none, or a value that its key does not take.
         """
-        try:
+        self._places = {}
+        with self.placing(argv):
             found = parse(self, argv, self.schema, page)
+            for key, node in keys_of(self.schema()):
+                value = found.get(key, ...)
+                # jsonargparse lets it pass (``_check_value_key``): null is its own word for what is not given
+                if (value is None and "null" not in takes(node)) or (isinstance(value, str) and _no_word(value, node)):
+                    raise UserError(refusal(key, value, node, page))
+        return found
+
+    @contextmanager
+    def placing(self, argv: Sequence[str]) -> Iterator[None]:
+        """Errors that begin with a key are raised with its place in a file.
+
+        Args:
+            argv: the command line that the keys are of.
+        """
+        try:
+            yield
         except UserError as error:
             raise UserError(self._placed(str(error), argv)) from error
-        for key, node in keys_of(self.schema()):
-            # jsonargparse lets it pass (``_check_value_key``): null is its own word for what is not given
-            if found.get(key, ...) is None and "null" not in takes(node):
-                raise UserError(self._placed(refusal(key, None, node, page), argv))
-        return found
 
     def _placed(self, message: str, argv: Sequence[str]) -> str:
         """A message that begins with a key, with the key's place in a file, unless the command line has of it too."""
@@ -100,6 +114,12 @@ class RunParser(LightningArgumentParser):
         return commented({name: keys[name] for name in sorted(keys, key=_place)}, self.schema(), page)
 
 
+def _no_word(value: str, node: Node) -> bool:
+    """Whether a key takes words, and not this one; Lightning's own keys take any text until they are used."""
+    words = list(map(str, choices(node)))
+    return bool(words) and value not in words and "text" not in takes(node)
+
+
 def _check_shape(keys: dict[str, Any], schema: Node, linked: dict[str, list[str]], group: str) -> None:
     """Groups hold keys, and no key that is ``linked`` to others, by which it is decided."""
     for name, value in keys.items():
@@ -142,8 +162,24 @@ def _changes() -> dict[str, Node]:
             "description": "of the split, the shuffles, random weights and dropout.",
         },
         "trainer.strategy": {
-            "anyOf": [{"enum": list(SHORT_NAMES)}, class_form("Strategy")],
+            **STRATEGIES,
             "description": "how devices share the work: auto, ddp, fsdp, or a strategy of Lightning by its class_path.",
+        },
+        "trainer.accelerator": {
+            "anyOf": [{"enum": list(ACCELERATORS)}, class_form("Accelerator")],
+            "description": "kind of devices; auto takes what there is.",
+        },
+        "trainer.profiler": {
+            "anyOf": [{"enum": list(PROFILERS)}, class_form("Profiler"), {"type": "null"}],
+            "description": "what tells where the time goes: simple, advanced, pytorch, or one of your own.",
+        },
+        "trainer.max_time": {
+            "anyOf": [
+                {"type": "string", "title": "DD:HH:MM:SS in quotes"},
+                {"type": "object", "additionalProperties": {"type": "integer"}, "title": "a mapping like {hours: 5}"},
+                {"type": "null"},
+            ],
+            "description": "how long a run may take, DD:HH:MM:SS; it saves and ends then.",
         },
         "trainer.num_nodes": {"type": "integer", "description": "machines."},
         "trainer.precision": {

@@ -191,6 +191,8 @@ def takes(node: Node) -> list[str]:
     """What a key takes, each kind of value in words, null last."""
     if node == _VARIABLE:
         return []
+    if "title" in node and "properties" not in node:  # in words of its own
+        return [node["title"]]
     if "$ref" in node or "properties" in node:
         return [f"{_a(classes(node)[0])} by its class_path"]
     if "anyOf" in node:

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from mft_lightning import meeting, ranks
+from mft_lightning.documented import page
 from mft_lightning.errors import UserError
+from mft_lightning.refusals import refusal
+
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
 @dataclass(frozen=True)
@@ -133,11 +140,48 @@ def _check_layout(layout: Layout) -> None:
 
 def _count(accelerator: Any, devices: Any, num_nodes: int) -> int:
     """Devices of a node, as Lightning counts them."""
-    asked: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
+    _check_accelerator(accelerator)
+    if num_nodes < 1:
+        raise UserError(f"trainer.num_nodes: {num_nodes} is less than 1. See {page('trainer.num_nodes')}.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run's own Trainer gives them
-            trainer = L.Trainer(**asked, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    except (MisconfigurationException, ModuleNotFoundError, RuntimeError, ValueError, TypeError) as error:
+        return _trainer(accelerator, devices, num_nodes).num_devices
+    except _REFUSED as error:
+        with suppress(*_REFUSED):
+            kind = _trainer(accelerator, 1, num_nodes).accelerator
+            raise UserError(_no_such_devices(devices, kind)) from error
         raise UserError(f"trainer: {error}") from error
-    return trainer.num_devices
+
+
+_REFUSED = (MisconfigurationException, ModuleNotFoundError, RuntimeError, ValueError, TypeError)  # how Lightning does
+
+
+def _trainer(accelerator: Any, devices: Any, num_nodes: int) -> L.Trainer:
+    asked: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run's own Trainer gives them
+        return L.Trainer(**asked, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+
+def _check_accelerator(accelerator: Any) -> None:
+    """Refuse what is none, or is not here, of which Lightning speaks in names of its own."""
+    key = "trainer.accelerator"
+    if not isinstance(accelerator, str):
+        return
+    if accelerator not in ACCELERATORS:
+        raise UserError(refusal(key, accelerator, {"enum": list(ACCELERATORS)}, page))
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    here["gpu"] = any(here.values())
+    if not here.get(accelerator, True):
+        raise UserError(
+            f"{key}: {accelerator}, but PyTorch finds none on this machine. Use cpu, or auto, which takes what there "
+            f"is. See {page(key)}."
+        )
+
+
+def _no_such_devices(devices: Any, kind: Accelerator) -> str:
+    """What there is in the place of devices that there cannot be."""
+    key, number = "trainer.devices", kind.auto_device_count()
+    takes = "a number from 1 on, or auto"
+    if kind.name() != "cpu":
+        takes = f"a number from 1 to {number}, -1 or auto for all that are here, or a list of some, 0 to {number - 1}"
+    return f"{key}: {devices!r} is refused; of {kind.name()} it takes {takes}. See {page(key)}."

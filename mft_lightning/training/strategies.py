@@ -19,15 +19,19 @@ from lightning.pytorch.strategies import (
 from torch.optim import Optimizer
 
 from mft_lightning import ranks
+from mft_lightning.documented import page
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings, fill, gathered_state, shard
+from mft_lightning.refusals import refusal
+from mft_lightning.schema import Node, class_form
 from mft_lightning.training.fsdp1 import FlatShardedStrategy
 from mft_lightning.training.launcher import LaunchedStrategy
 from mft_lightning.training.layout import Layout
 from mft_lightning.training.zero import ZeroStrategy
 
 SHORT_NAMES = ("auto", "ddp", "fsdp")
+TAKEN: Node = {"anyOf": [{"enum": list(SHORT_NAMES)}, class_form("Strategy")]}
 
 
 class DataParallelStrategy(LaunchedStrategy, DDPStrategy):
@@ -177,10 +181,7 @@ def make_strategy(
             raise UserError("trainer.precision: 16-mixed scales losses, which fsdp does not do. Use bf16-mixed.")
         return ShardedStrategy(settings, precision, command)
     if name != "auto":
-        raise UserError(
-            f"trainer.strategy: {name} is none of {', '.join(SHORT_NAMES)}. Another strategy of Lightning is named in "
-            "trainer.strategy.class_path."
-        )
+        raise UserError(refusal("trainer.strategy", name, TAKEN, page))
     return "auto"
 
 

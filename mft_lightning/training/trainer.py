@@ -15,8 +15,10 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from mft_lightning.documented import page
 from mft_lightning.errors import UserError
 from mft_lightning.model.parallel import ParallelSettings
+from mft_lightning.refusals import refusal
 from mft_lightning.screen import console
 from mft_lightning.training.asking import Asking
 from mft_lightning.training.balancing import Balancing
@@ -43,6 +45,8 @@ WEIGHTS_DTYPE = {
     "bf16-true": "bfloat16",
     "16-mixed": "float32",
 }
+
+PROFILERS = ("simple", "advanced", "pytorch")
 
 # Trainer keys that a run decides by itself: the value Lightning has, and where to say it here.
 ELSEWHERE: dict[str, tuple[Any, str]] = {
@@ -86,7 +90,7 @@ def weights_dtype(precision: Any) -> str:
     if precision is None:
         return "float32"
     if str(precision) not in WEIGHTS_DTYPE:
-        raise UserError(f"trainer.precision: {precision} is none of {', '.join(WEIGHTS_DTYPE)}.")
+        raise UserError(refusal("trainer.precision", precision, {"enum": list(WEIGHTS_DTYPE)}, page))
     return WEIGHTS_DTYPE[str(precision)]
 
 
@@ -101,19 +105,21 @@ def check_trainer_keys(keys: dict[str, Any]) -> None:
     """Refuse Trainer keys that are set but have another home here, and what this version cannot do.
 
     Raises:
-        UserError: naming the key and where to say it.
+        UserError: naming the key, and where to say it or what it takes.
     """
     for key, (default, here) in ELSEWHERE.items():
         if keys.get(key, default) != default:
-            raise UserError(f"trainer.{key}: {keys[key]} has no effect here. Use {here}.")
+            raise UserError(f"trainer.{key}: {keys[key]} has no effect here. Use {here}. See {page(f'trainer.{key}')}.")
     for key, least in (("log_every_n_steps", 1), ("gradient_clip_val", 0), ("max_steps", 1), ("max_epochs", 1)):
         value = keys.get(key)
         if value is not None and not least <= value < math.inf and not (key.startswith("max_") and value == -1):
-            raise UserError(f"trainer.{key}: {value} is no number from {least} on.")
-    if keys.get("gradient_clip_algorithm") == "value":
-        raise UserError("trainer.gradient_clip_algorithm: value is not supported; gradients are clipped by norm.")
+            raise UserError(f"trainer.{key}: {value} is no number from {least} on. See {page(f'trainer.{key}')}.")
     if keys.get("precision") == "16-mixed" and not torch.cuda.is_available():
-        raise UserError("trainer.precision: 16-mixed needs a CUDA GPU. Use bf16-mixed.")
+        raise UserError(
+            f"trainer.precision: 16-mixed needs a CUDA GPU. Use bf16-mixed. See {page('trainer.precision')}."
+        )
+    if keys.get("max_time") is not None:
+        _timer(keys["max_time"])
 
 
 def fit_trainer(
@@ -276,7 +282,10 @@ def _timer(duration: Any) -> Timer:
     try:
         return Timer(duration)
     except (MisconfigurationException, ValueError, TypeError) as error:
-        raise UserError(f"trainer.max_time: {duration!r} is no duration. Write it as DD:HH:MM:SS.") from error
+        raise UserError(
+            f"trainer.max_time: {duration!r} is no duration. Write it as '00:12:00:00', which is DD:HH:MM:SS. "
+            f"See {page('trainer.max_time')}."
+        ) from error
 
 
 def _trainer(keys: dict[str, Any]) -> L.Trainer:

@@ -177,6 +177,14 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         ("trainer: {callbacks: [Timer, EarlyStoping]}", "no Callback goes by the name EarlyStoping. The nearest is E"),
         ("trainer: {callbacks: [{class: Timer}]}", "class: is none of class_path, init_args, dict_kwargs. Put the"),
+        (
+            "trainer: {strategy: dpp}",
+            "trainer.strategy (mine.yaml:1): 'dpp' is refused; it takes one of auto, ddp, fsd",
+        ),
+        ("trainer: {devices: two}", "trainer.devices (mine.yaml:1): 'two' is refused; of cpu it takes a number from 1"),
+        ("trainer: {max_time: 12:00}", "720 is refused; it takes DD:HH:MM:SS in quotes, a mapping like {hours: 5}, or"),
+        ("trainer: {gradient_clip_val: -1}", "trainer.gradient_clip_val (mine.yaml:1): -1 is no number from 0 on. See"),
+        ("model: {coba: {tau: 1}}", "model.coba (mine.yaml:1): is set, but model.weighted_loss_mode is case3."),
         ("trainer: {logger: TensorBordLogger}", "or null. The nearest is TensorBoardLogger. See docs/own_classes.md#l"),
         (
             "trainer: {strategy: {class_path: DDPStrategy, init_args: {find_unused: true}}}",

@@ -149,7 +149,7 @@ def test_shorter_conversations_need_less(estimate: Estimate) -> None:
         (("--length", "513"), "--length: 513 is no number from 2 to data.seq_length, 512"),
         (("--device", "tpu"), "--device: tpu is none of cpu, cuda"),
         (("--device-memory", "-1"), "--device-memory: -1 is no number above 0"),
-        (("--trainer.strategy", "ddp_spawn"), "trainer.strategy: ddp_spawn is none of auto, ddp, fsdp"),
+        (("--trainer.strategy", "ddp_spawn"), "trainer.strategy: 'ddp_spawn' is refused; it takes one of auto"),
         (("--parallel.cpu_offload", "true"), "parallel.cpu_offload: is an option of trainer.strategy: fsdp"),
         (
             ("--trainer.strategy.class_path", "lightning.pytorch.strategies.DDPStrategy"),

@@ -165,7 +165,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ({"tokenizer_path": "gone"}, {}, {}, "MFTModule: tokenizer_path is gone, but that of the MFTDataModule is "),
     ({}, {"devices": 2}, {}, "MFTDataModule: devices is 2, but a Trainer from Python runs on one."),
     ({}, {"max_evaluation_conversations": 3}, {}, "MFTDataModule: limits evaluations otherwise than evaluation does."),
-    ({}, {}, {"precision": "8-bit"}, "trainer.precision: 8-bit is none of"),
+    ({}, {}, {"precision": "8-bit"}, "trainer.precision: '8-bit' is refused; it takes one of"),
     ({}, {"data_split": "100,0,0"}, {}, "data.data_split: no conversation to evaluate (valid) is left"),
 ]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from lightning.pytorch.accelerators import CPUAccelerator
 
 from mft_lightning import ranks
 from mft_lightning.errors import UserError
@@ -152,5 +153,46 @@ def test_an_environment_of_another_run(
 
 @pytest.mark.parametrize("devices", [0, "many", -3, [0, 0]])
 def test_devices_that_there_cannot_be(devices: Any) -> None:
-    with pytest.raises(UserError, match=r"^trainer: "):
+    with pytest.raises(
+        UserError, match=r"^trainer.devices: .* is refused; of cpu it takes a number from 1 on, or auto. See"
+    ):
         find_layout("cpu", devices, 1)
+
+
+class TwoGPUs(CPUAccelerator):
+    """As a machine with two says."""
+
+    @staticmethod
+    def auto_device_count() -> int:
+        return 2
+
+    @staticmethod
+    def name() -> str:
+        return "cuda"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "nodes", "message"),
+    [
+        (
+            "gpuu",
+            1,
+            "trainer.accelerator: 'gpuu' is refused; it takes one of auto, cpu, gpu, cuda, mps. The nearest is gp",
+        ),
+        ("gpu", 1, "trainer.accelerator: gpu, but PyTorch finds none on this machine. Use cpu, or auto"),
+        ("mps", 1, "trainer.accelerator: mps, but PyTorch finds none on this machine"),
+        ("cpu", 0, "trainer.num_nodes: 0 is less than 1. See docs/parallel.md"),
+        (
+            TwoGPUs(),
+            1,
+            "'many' is refused; of cuda it takes a number from 1 to 2, -1 or auto for all that are here",
+        ),
+    ],
+)
+def test_a_machine_that_there_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, accelerator: Any, nodes: int, message: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    with pytest.raises(UserError, match=message):
+        find_layout(accelerator, "many", nodes)
