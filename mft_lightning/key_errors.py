@@ -15,6 +15,8 @@ from mft_lightning.errors import UserError, misread
 from mft_lightning.refusals import Documented, given, refusal
 from mft_lightning.schema import Node, keys_of, schema_of, takes
 
+KeyHere = Callable[[str], tuple[str, str] | None]  # a key of another program -> that of this one, and what to say of it
+
 _UNKNOWN = (
     r"unrecognized arguments: --(?P<key>[\w.-]+)",
     r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[^']+)'",
@@ -41,6 +43,7 @@ def parse(
     argv: Sequence[str],
     schema: Callable[[], Node] | None = None,
     documented: Documented = lambda key: "--help",
+    key_here: KeyHere = lambda key: None,
 ) -> Namespace:
     """The options of a command line.
 
@@ -49,6 +52,7 @@ def parse(
         argv: the words after its name.
         schema: what each key takes. Default: what the parser says.
         documented: where a key is documented.
+        key_here: what a key of another program is here.
 
     Raises:
         UserError: naming the key, and the nearest right one or what it takes.
@@ -60,7 +64,8 @@ def parse(
         nodes = dict(keys_of(schema() if schema is not None else schema_of(parser)))
         options = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
         known = {option for option in options if option.replace("-", "_") in nodes}  # no groups
-        raise UserError(explain(str(error), known, nodes, documented)) from error
+        known -= {key for key, node in nodes.items() if "deprecated" in node}  # which are refused too
+        raise UserError(explain(str(error), known, nodes, documented, key_here)) from error
 
 
 def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
@@ -80,7 +85,7 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
         raise UserError(f"{what}: {'; '.join(' '.join(reason.split()) for reason in reasons)}") from error
 
 
-def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: Documented) -> str:
+def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: Documented, key_here: KeyHere) -> str:
     """A parser's message with what to do about it.
 
     Args:
@@ -88,6 +93,7 @@ def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: D
         known: all keys there are, like ``data.seq_length``.
         nodes: what each takes, of a schema.
         documented: where a key is documented.
+        key_here: what a key of another program is here.
 
     Returns:
         An unknown key with the nearest known one; names that YAML took for something else; a missing key said to be
@@ -101,6 +107,10 @@ def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: D
         if match := re.search(pattern, message):
             found = match.groupdict()
             key = f"{found['group']}.{found['key']}" if found.get("group") else found["key"]
+            meant, says = key_here(key) or ("", "")
+            if meant in known:
+                says = f" ({says})" if says else ""
+                return f"{key}: there is no such key. Here it is {meant}{says}. See {documented(meant)}."
             near = _nearest_key(key, known)
             nearest_one = f" The nearest is {near}." if near is not None else ""
             return f"{key}: there is no such key.{nearest_one} See {documented(near or key)}."

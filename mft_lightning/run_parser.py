@@ -15,6 +15,7 @@ from mft_lightning.commented import commented
 from mft_lightning.documented import page
 from mft_lightning.errors import UserError
 from mft_lightning.key_errors import follows, parse
+from mft_lightning.moving_over.other_names import key_here
 from mft_lightning.refusals import refusal
 from mft_lightning.schema import Node, choices, class_form, keys_of, schema_of, takes
 from mft_lightning.training.layout import ACCELERATORS
@@ -41,7 +42,7 @@ class RunParser(LightningArgumentParser):
         """
         self._places = {}
         with self.placing(argv):
-            found = parse(self, argv, self.schema, page)
+            found = parse(self, argv, self.schema, page, key_here)
             for key, node in keys_of(self.schema()):
                 value = found.get(key, ...)
                 # jsonargparse lets it pass (``_check_value_key``): null is its own word for what is not given

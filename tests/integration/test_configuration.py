@@ -194,6 +194,10 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
             "model:\n  learning-rate: 1",
             "model.learning-rate (mine.yaml:2): there is no such key. The nearest is model.learn",
         ),
+        (
+            "train: {num_train_epochs: 3}",
+            "train.num_train_epochs (mine.yaml:1): there is no such key. Here it is trainer.",
+        ),
         ("zzz: 1", "zzz (mine.yaml:1): there is no such key. See --help."),
         ("data: {seq_length: 32}\ndata: {on_overlong: drop}", "data (mine.yaml:2): stands twice, in line 1 too."),
         ("data: {cache_dir: '${NOT_SET_ANYWHERE}'}", "data.cache_dir (mine.yaml:1): the environment variable NOT_SET"),

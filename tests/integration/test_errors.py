@@ -23,7 +23,11 @@ GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
         (("--data.data_split", "95,5"), "data.data_split: '95,5' is not three percentages"),
         (("--data.data_split", "100,0,0"), "no conversation to evaluate (valid)"),
         (("--data.seq_lenght", "5"), "data.seq_lenght: there is no such key. The nearest is data.seq_length."),
-        (("--learning_rate", "1"), "learning_rate: there is no such key. The nearest is model.learning_rate."),
+        (("--learning_rate", "1"), "learning_rate: there is no such key. Here it is model.learning_rate."),
+        (
+            ("--lr", "1"),
+            "lr: there is no such key. Here it is model.learning_rate. See docs/training.md#learning-rate.",
+        ),
         (("--data.seq_length", "many"), "data.seq_length"),
         (("--model.peft_type", "lorra"), "model.peft_type"),
         (("--data.gradient_accumulation_steps", "3"), "data.gradient_accumulation_steps is 3"),
