@@ -67,6 +67,8 @@ ELSEWHERE: dict[str, tuple[Any, str]] = {
     "min_steps": (None, "early_stopping.patience"),
     "min_epochs": (None, "early_stopping.patience"),
     "barebones": (False, "trainer.logger"),
+    "sync_batchnorm": (False, "nothing (the models here have no batch normalisation)"),
+    "model_registry": (None, "output_dir, from which a checkpoint can be uploaded"),
 }
 
 

@@ -94,6 +94,10 @@ GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
         (("--trainer.max_time", "soon"), "trainer.max_time: 'soon'"),
         (("--trainer.gradient_clip_val", "-1"), "trainer.gradient_clip_val"),
         (("--trainer.limit_train_batches", "3"), "Use trainer.max_steps"),
+        (
+            ("--trainer.sync_batchnorm", "true"),
+            "trainer.sync_batchnorm: True has no effect here. Use nothing (the mode",
+        ),
         (("--data.num_workers", "-1"), "data.num_workers"),
         (("--data.max_skipped_share", "7"), "data.max_skipped_share"),
         (("--model.adam_beta1", "1.5"), "model.adam_beta1: 1.5"),
