@@ -19,6 +19,7 @@ _NO_NAME = re.compile(r"Expected a dot import path string: (?P<path>\w+)")
 _OF_ANOTHER_KIND = re.compile(r"Expected '[\w.]+' to be a subclass of <class '(\w+)'>")
 _GIVEN_KIND = re.compile(r"Given value type: <class '(\w+)'>")
 _FORM = ("class_path", "init_args", "dict_kwargs")
+_NO_OPTION = re.compile(r"(?:Group '([\w.]+)' does not accept option|Option) '([\w.]+)'")
 _NEEDED = re.compile(r"the following arguments are required: (.*)")
 
 
@@ -42,7 +43,7 @@ def class_error(key: str, why: str, node: Node, documented: Documented) -> str |
         return None
     found, value = match.groupdict(), given(why)
     reason = " ".join(found["why"].split()).rstrip(".") if "why" in found else ""
-    if reason.startswith("Expected an import path"):
+    if reason.startswith(("Expected an import path", "Dict must include")):
         return None
     path, see = found["path"] or str(value), f" See {documented(key)}."
     name, kinds = path.rpartition(".")[2], list(dict.fromkeys(classes(node)))
@@ -50,8 +51,9 @@ def class_error(key: str, why: str, node: Node, documented: Documented) -> str |
         near = nearest(path, [name for kind in kinds for name in names_of(kind)])
         own = "" if near else " One of your own goes by its whole path."
         return f"{key}: no {' or '.join(kinds)} goes by the name {path}.{near}{own}{see}"
-    if option := re.match(r"Option '(\w+)' is not accepted", reason):
-        return f"{key}: {_no_argument(key, path, option[1], value)}{see}"
+    if option := _NO_OPTION.match(reason):
+        wrong = ".".join(filter(None, option.groups()))
+        return f"{key}: {_no_argument(key, path, wrong, value)}{see}"
     if option := re.match(r'Parser key "([\w.]+)"', reason):
         takes = _arguments(path).get(option[1], {})
         return f"{key}: {refusal(f'{option[1]} of {name}', given(found['why']), takes, lambda _: documented(key))}"
@@ -61,12 +63,10 @@ def class_error(key: str, why: str, node: Node, documented: Documented) -> str |
         reason = f"no {found['kind']}"
     elif other := _OF_ANOTHER_KIND.match(reason):
         reason = f"no {other[1]}"
-    words, right = (
-        ", ".join(map(str, choices(node))),
-        next(filter(None, (nearest_path(path, kind) for kind in kinds)), ""),
-    )
+    words = ", ".join(map(str, choices(node)))
     none_of = f"none of {words}, and " if words else ""
-    near = f" The nearest is {right}." if right else ""
+    right = next(filter(None, (nearest_path(path, kind) for kind in kinds)), path)
+    near = f" The nearest is {right}." if right != path else ""
     return f"{key}: {path} is {none_of}no class that can be used ({reason}).{near}{see}"
 
 

@@ -14,6 +14,7 @@ HOMES = {
     "Logger": "lightning.pytorch.loggers",
     "Strategy": "lightning.pytorch.strategies",
     "Profiler": "lightning.pytorch.profilers",
+    "Accelerator": "lightning.pytorch.accelerators",
     "Optimizer": "torch.optim",
     "Balancer": "mft_lightning.weighting.balancer",
 }

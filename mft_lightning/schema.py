@@ -144,7 +144,7 @@ def classes(node: Node) -> list[str]:
     """The kinds of classes that a key takes one or several of, by name."""
     if "anyOf" in node:
         return [name for part in node["anyOf"] for name in classes(part)]
-    if "items" in node:
+    if isinstance(node.get("items"), dict):  # and no list of so many
         return classes(node["items"])
     if "properties" in node:
         return [node.get("title", "class")]

@@ -198,6 +198,16 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
             "train: {num_train_epochs: 3}",
             "train.num_train_epochs (mine.yaml:1): there is no such key. Here it is trainer.",
         ),
+        (
+            "trainer: {callbacks: {EarlyStopping: {patience: 3}}}",
+            "EarlyStopping: is none of class_path, init_args, dict",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: RichProgressBar, init_args: {theme: {progres_bar: red}}}]}",
+            "RichProgressBar takes no theme.progres_bar. The nearest is theme.progress_bar. See docs/own_classes.md#",
+        ),
+        ("model: {optimizer: {class_path: torch.optim.AdamW, init_args: {betas: 5}}}", "betas of AdamW: 5 is refused"),
+        ("model: {optimizer: {}}", "model.optimizer (mine.yaml:1): {} is refused; it takes one of adamw, paged_adamw"),
         ("zzz: 1", "zzz (mine.yaml:1): there is no such key. See --help."),
         ("data: {seq_length: 32}\ndata: {on_overlong: drop}", "data (mine.yaml:2): stands twice, in line 1 too."),
         ("data: {cache_dir: '${NOT_SET_ANYWHERE}'}", "data.cache_dir (mine.yaml:1): the environment variable NOT_SET"),
