@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from mft_lightning.class_errors import class_error
 from mft_lightning.errors import UserError, misread
-from mft_lightning.refusals import Documented, given, refusal
+from mft_lightning.refusals import Documented, given, missing, refusal
 from mft_lightning.schema import Node, keys_of, schema_of, takes
 
 KeyHere = Callable[[str], tuple[str, str] | None]  # a key of another program -> that of this one, and what to say of it
@@ -23,6 +23,7 @@ _UNKNOWN = (
     r"Option '(?P<key>[^']+)' is not accepted",
     r"[Kk]ey '(?P<key>[^']+)' is not expected",
 )
+_REQUIRED = r"^the following arguments are required: (?P<key>\w+\.[\w.]+)"
 _NO_OPTION = re.compile(r"unrecognized arguments: (?P<word>[^-].*)", re.DOTALL)
 _NO_NAMES = (
     r"key \"(?P<key>data\.data_paths|data\.valid_data_paths|evaluation\.exclude_tasks)\":"
@@ -34,7 +35,10 @@ _NO_NAMES = (
 _REASON = (
     r"^  - (?!Expected a |Not a valid subclass)(?:Problem with given class_path '[\w.]+':)?(.*?)(?=^  - |^Given value)"
 )
-_LINKED = r'Linked "(?P<key>[\w.]+)" must be given via "(?P<by>[\w., ]+)"'
+_LINKED = (
+    r'Linked "(?P<key>[\w.]+)" must be given via "(?P<by>[\w., ]+)"',
+    r"^argument (?P<by>[\w.]+) --> (?P<key>[\w.]+): ",  # of a key whose type is one of several
+)
 _REFUSED = re.compile(r'Parser key "(?P<key>[\w.]+)"[^:\n]*:(?P<why>.*)', re.DOTALL)
 
 
@@ -65,6 +69,7 @@ def parse(
         options = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
         known = {option for option in options if option.replace("-", "_") in nodes}  # no groups
         known -= {key for key, node in nodes.items() if "deprecated" in node}  # which are refused too
+        known |= options & {"config"}
         raise UserError(explain(str(error), known, nodes, documented, key_here)) from error
 
 
@@ -114,11 +119,16 @@ def explain(message: str, known: Set[str], nodes: dict[str, Node], documented: D
             near = _nearest_key(key, known)
             nearest_one = f" The nearest is {near}." if near is not None else ""
             return f"{key}: there is no such key.{nearest_one} See {documented(near or key)}."
+    if (match := re.search(_REQUIRED, message)) and match["key"] in nodes:
+        return missing(match["key"], documented)
     if match := _NO_OPTION.search(message):
-        return f"{match['word']}: belongs to no option. A list or a value with blanks is one word: '[a,b,c]'."
+        word = match["word"]
+        if word.endswith((".yaml", ".yml")):
+            return f"{word}: belongs to no option. Give a file with keys as --config {word}."
+        return f"{word}: belongs to no option. A list or a value with blanks is one word: '[a,b,c]'."
     if (match := re.search(_NO_NAMES, message, re.DOTALL)) and (values := _no_text(match["value"])):
         return f"{match['key']}: {misread(values)}"
-    if match := re.search(_LINKED, message):
+    if match := next(filter(None, (re.search(pattern, message) for pattern in _LINKED)), None):
         return f"{match['key']}: {follows(match['by'].split(', '), documented)}"
     message = re.sub(r"Call to compute_fn of link .*? failed: ", "", message, flags=re.DOTALL)
     if refused:

@@ -29,10 +29,15 @@ _OTHER_WORDS = {
 _VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
 
 
+def missing(key: str, documented: Documented) -> str:
+    """That a key without a default is not given."""
+    return f"{key}: is missing. Give it in a --config file or on the command line. See {documented(key)}."
+
+
 def refusal(key: str, value: Any, node: Node, documented: Documented) -> str:
     """That a key does not take a value, what it takes, and the nearest word or class of that."""
     if value is None and "default" not in node:
-        return f"{key}: is missing. Give it in a --config file or on the command line. See {documented(key)}."
+        return missing(key, documented)
     shown = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
     taken = f"{key}: {shown if len(shown) <= 80 else f'{shown[:77]}...'} is refused; it takes {allowed(node)}."
     if value is None:

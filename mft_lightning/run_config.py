@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mft_lightning.errors import UserError, nearest
 from mft_lightning.key_errors import instantiate
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import ParallelSettings
-from mft_lightning.paths import given_path
+from mft_lightning.paths import given_path, nearest_beside
 from mft_lightning.run_parser import DRY_RUN, RunParser, without_idle
 from mft_lightning.shipped import CONFIGS, ROOT, expanded, shipped_config, shipped_example
 from mft_lightning.training.callbacks import EarlyStoppingSettings
@@ -115,12 +116,16 @@ class RunConfig(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = self.parser.keys(_with_shipped_configs(args))
 
+    def placing(self) -> AbstractContextManager[None]:
+        """Errors about keys are told with where these stand and are documented."""
+        return self.parser.placing(self.command[1:])
+
     def before_instantiate_classes(self) -> None:
-        with self.parser.placing(self.command[1:]):
+        with self.placing():
             check_trainer_keys(self.trainer_keys(self.config))
 
     def instantiate_classes(self) -> None:
-        with self.parser.placing(self.command[1:]):
+        with self.placing():
             self._instantiate()
 
     def _instantiate(self) -> None:
@@ -236,16 +241,18 @@ def _found_config(name: str) -> str:
     """A config here or, by its bare name, a shipped one.
 
     Raises:
-        UserError: nothing, or a bare name that neither has.
+        UserError: nothing, or neither has it.
     """
     if not name:
         raise UserError("--config: is empty. Give a YAML file, or leave it out.")
     found = shipped_config(name)
-    path = Path(found)
-    if path.name == found and path.suffix in (".yaml", ".yml") and not path.exists():
+    path = expanded(found)
+    if path.name == found and not path.exists():
         shipped = sorted(file.name for file in (ROOT / CONFIGS).glob("*.yaml"))
         raise UserError(
             f"--config {name}: there is no such file here, nor among the shipped ones: {', '.join(shipped)}."
-            + nearest(name, shipped)
+            + nearest(path.with_suffix(".yaml").name, shipped, 0.8)
         )
-    return found
+    if not path.exists():
+        raise UserError(f"--config {name}: there is no such file.{nearest_beside(path)}")
+    return str(path)

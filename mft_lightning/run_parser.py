@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from mft_lightning.commented import commented
 from mft_lightning.documented import page
-from mft_lightning.errors import UserError
+from mft_lightning.errors import UserError, nearest
 from mft_lightning.key_errors import follows, parse
 from mft_lightning.moving_over.other_names import key_here
 from mft_lightning.refusals import refusal
@@ -52,7 +52,7 @@ class RunParser(LightningArgumentParser):
 
     @contextmanager
     def placing(self, argv: Sequence[str]) -> Iterator[None]:
-        """Errors that begin with a key are raised with its place in a file.
+        """Errors that begin with a key are raised with its place in a file, and the page that it is documented on.
 
         Args:
             argv: the command line that the keys are of.
@@ -63,12 +63,14 @@ class RunParser(LightningArgumentParser):
             raise UserError(self._placed(str(error), argv)) from error
 
     def _placed(self, message: str, argv: Sequence[str]) -> str:
-        """A message that begins with a key, with the key's place in a file, unless the command line has of it too."""
+        """A message that begins with a key, with its page and its place in a file, unless the command line has it."""
         key, colon, rest = message.partition(":")
+        if "See " not in rest and any(f"{known}.".startswith(f"{key}.") for known, _ in keys_of(self.schema())):
+            rest = f"{rest.removesuffix('.')}. See {page(key)}."
         place = self._places.get(key)
         given = [word.partition("=")[0].removesuffix("+") for word in argv]
         if place is None or any(f"{option}.".startswith(f"--{key}.") for option in given):
-            return message
+            return f"{key}:{rest}"
         return f"{key} ({place}){colon}{rest}"
 
     def parse_path(self, cfg_path: Any, *given: Any, **options: Any) -> Namespace:
@@ -125,6 +127,9 @@ def _check_shape(keys: dict[str, Any], schema: Node, linked: dict[str, list[str]
     """Groups hold keys, and no key that is ``linked`` to others, by which it is decided."""
     for name, value in keys.items():
         key, node = f"{group}{name}", schema["properties"].get(name, {})
+        if not node and value == {}:  # which jsonargparse passes over
+            groups = [name for name, node in schema["properties"].items() if "properties" in node]
+            raise UserError(f"{key}: there is no such group of keys.{nearest(name, groups)} See {page(key)}.")
         if key in linked:
             raise UserError(f"{key}: {follows(linked[key], page)}")
         if "properties" not in node or isinstance(value, str):  # which names a file

@@ -23,8 +23,9 @@ def estimate(argv: list[str]) -> None:
     memory = run.config["device_memory"]
     if memory is not None and not memory > 0:
         raise UserError(f"--device-memory: {memory:g} is no number above 0. Give the GiB that a device has, like 80.")
-    run.model.check(run.datamodule, run.settings.parallel.tensor_parallel_size)
-    setup = run.step()
+    with run.placing():
+        run.model.check(run.datamodule, run.settings.parallel.tensor_parallel_size)
+        setup = run.step()
     moments, found = moments_of_step(setup), changes(run, setup)
     with reader_may_leave():
         if run.config["json"]:

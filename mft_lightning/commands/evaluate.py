@@ -27,7 +27,9 @@ def test(argv: list[str]) -> None:
 
 def _evaluate(argv: list[str], command: str, split: str) -> None:
     quieten()
-    measure(RunConfig(argv, command), command, split)
+    config = RunConfig(argv, command)
+    with config.placing():
+        measure(config, command, split)
 
 
 def measure(config: Run, command: str, split: str) -> dict[str, float]:

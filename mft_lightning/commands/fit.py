@@ -71,7 +71,9 @@ def fit(argv: list[str]) -> None:
     """Check everything that can be wrong first, then train; nothing is written before."""
     quieten()
     options = {DRY_RUN: {"action": "store_true", "help": "Check all up to the first step."}}
-    _, received = train(RunConfig(argv, "fit", options))
+    config = RunConfig(argv, "fit", options)
+    with config.placing():
+        _, received = train(config)
     if received is not None:
         raise SystemExit(128 + received)
 

@@ -97,6 +97,11 @@ def inspect(argv: list[str]) -> None:
     """
     quieten()
     config = RunConfig(argv, "inspect", EXTRA)
+    with config.placing():
+        _inspect(config)
+
+
+def _inspect(config: RunConfig) -> None:
     choice = Choice(**{name: config.config[name] for name in ("task", "split", "limit", "page")})
     datamodule = config.datamodule
     choice.check(datamodule)

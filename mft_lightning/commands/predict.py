@@ -61,6 +61,11 @@ def predict(argv: list[str]) -> None:
     """Ask ``--ckpt_path`` for the last answer of every conversation of a split, and write what it says."""
     quieten()
     config = PredictConfig(argv, "predict", extra=OPTIONS)
+    with config.placing():
+        _predict(config)
+
+
+def _predict(config: PredictConfig) -> None:
     module, datamodule = config.model, config.datamodule
     _check(config)
     module.generation = generation_settings(config.config)

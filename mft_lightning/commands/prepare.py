@@ -13,8 +13,9 @@ def prepare(argv: list[str]) -> None:
     quieten()
     config = RunConfig(argv, "prepare")
     datamodule = config.datamodule
-    config.model.check(datamodule, data_alone=True)
-    datamodule.setup()
+    with config.placing():
+        config.model.check(datamodule, data_alone=True)
+        datamodule.setup()
     for corpus, title in zip(datamodule.corpora, ("", "validation directories"), strict=False):
         say(*(["", title] if title else []), *task_table(corpus.reports))
     files = [file for corpus in datamodule.corpora for file in corpus.admission.store.files]

@@ -151,6 +151,7 @@ def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
             "evaluation:\nmodel: {init: random}",
             "holds nothing. Give keys below it, or leave it out.",
         ),
+        ("early_stoping: {}", "early_stoping (mine.yaml:1): there is no such group of keys. The nearest is early_stop"),
         (
             "data: {seed: 5}",
             "data.seed (mine.yaml:1): follows seed_everything. Set it there. See docs/configuration.md",

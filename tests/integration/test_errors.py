@@ -23,6 +23,14 @@ GOOD = {"prompt": "What is 1 + 1?", "answer": "2"}
         (("--data.data_split", "95,5"), "data.data_split: '95,5' is not three percentages"),
         (("--data.data_split", "100,0,0"), "no conversation to evaluate (valid)"),
         (("--data.seq_lenght", "5"), "data.seq_lenght: there is no such key. The nearest is data.seq_length."),
+        (("--data.max_evaluation_conversations", "4"), "follows evaluation.max_conversations_per_task. Set it there."),
+        (("--conifg", "lora.yaml"), "conifg: there is no such key. The nearest is config."),
+        (("--config", "lroa"), "The nearest is lora.yaml."),
+        (("--config", "configs/lroa.yaml"), "there is no such file. The nearest is configs/lora.yaml."),
+        (("lora.yaml",), "lora.yaml: belongs to no option. Give a file with keys as --config lora.yaml."),
+        (("--checkpoint.monitor", "val_loss"), "The nearest is val/loss. See docs/checkpoints.md."),
+        (("--model.lora.init", "pisa"), "The nearest is pissa. See docs/training.md#lora-and-its-relatives."),
+        (("--evaluation.exclude_tasks", "[unit_test]"), "The nearest is unit_tests. See docs/training.md#validation."),
         (("--learning_rate", "1"), "learning_rate: there is no such key. Here it is model.learning_rate."),
         (
             ("--lr", "1"),
@@ -257,3 +265,8 @@ def test_the_process_exits_with_1_and_one_message() -> None:
 def test_verbose_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "lora.yaml", "--data.data_paths", "[gone]", "--verbose"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_key_that_is_missing_is_named_with_its_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--model.pretrained_model_path", "examples/model"]) == 1
+    assert capsys.readouterr().err.startswith("error: data.data_paths: is missing. Give it in a --config file")

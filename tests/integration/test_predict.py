@@ -259,7 +259,7 @@ def test_only_a_regular_file_is_replaced(
     ("words", "message"),
     [
         (("--split", "tests"), "--split: 'tests' is none of train, valid, test, all"),
-        (("--split", "test"), "data.data_split: no conversation to evaluate (test) is left of"),
+        (("--split", "test"), "no conversation to evaluate (test) is left of"),
         (("--limit", "0"), "--limit: 0 is less than 1"),
         (("--batch_size", "0"), "--batch_size: 0 is less than 1"),
         (("--top_p", "0.5"), "top_p: 0.5 has no effect at temperature 0"),
