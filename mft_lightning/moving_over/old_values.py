@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,9 @@ def read_value(given: Given, kind: Kind) -> Any:
         return None
     if isinstance(value, str) and (names := open_names(value)):
         if commands := [name for name in names if name.startswith("$(")]:
+            instead = ", or give its variables: --set NAME=VALUE" if re.search(r"\$\w", commands[0]) else ""
             raise UserError(
-                f"{given.where}: is {as_written(value)}, and {commands[0]} is not run. Write what it comes to."
+                f"{given.where}: is {as_written(value)}, and {commands[0]} is not run. Write what it comes to{instead}."
             )
         return _items(as_variables(value)) if kind == "list" else as_variables(value)
     if kind in ("list", "numbers"):

@@ -19,6 +19,7 @@ from mft_lightning.moving_over.rules_data import convert_data
 from mft_lightning.moving_over.rules_devices import convert_devices
 from mft_lightning.moving_over.rules_model import convert_model
 from mft_lightning.moving_over.rules_run import convert_run
+from mft_lightning.moving_over.settings import Settings
 from mft_lightning.moving_over.shell_expansion import as_written, open_names
 from mft_lightning.moving_over.shell_script import read_script
 from mft_lightning.moving_over.train_config import read_config, read_text
@@ -43,18 +44,19 @@ def convert(file: Path, values: Sequence[str], known: Mapping[str, str]) -> Conv
     Args:
         file: a launch script, or a ``*_train_config.json``.
         values: what stands after the script's name on its command line.
-        known: variables that the script or the JSON leaves to the environment.
+        known: variables: those that the script or the JSON leaves to the environment, or that the script sets.
 
     Raises:
         UserError: it cannot be read, or has what cannot be kept.
     """
-    text = read_text(file)
+    text, settings = read_text(file), Settings(known)
     if text.lstrip().startswith("{") or file.suffix == ".json":
         if values:
             raise UserError(f"{' '.join(values)}: {file.name} is JSON, which takes no values. Leave them out.")
-        conversion = Conversion(CONFIG, read_config(text, file.name, known))
+        conversion = Conversion(CONFIG, read_config(text, file.name, settings))
     else:
-        conversion = _of_script(text, file, values, known)
+        conversion = _of_script(text, file, values, settings)
+    settings.check_asked(file.name)
     return _converted(conversion, f"Converted from {' '.join([file.name, *values])} by convert-config.")
 
 

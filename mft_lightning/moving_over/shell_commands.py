@@ -95,7 +95,7 @@ class Script:
             return True
         if first == "unset":
             for text, _ in fields[1:]:
-                self.variables.values[text] = ""
+                self.variables.assign(text, "")
             return True
         if (
             first in _SETTING

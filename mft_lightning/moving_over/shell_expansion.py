@@ -10,6 +10,7 @@ import ast
 import fnmatch
 import operator
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -58,7 +59,8 @@ class Variables:
     Attributes:
         file: the script's name, for messages.
         positional: what stands after the script's name on its command line: ``$1`` and on.
-        environment: variables that are known from outside; others that the script does not set are open.
+        environment: variables that are given from outside, which stand for whatever the script would set them to;
+            others that the script does not set are open.
         values: what the script has set so far; a list is an array.
         asked: the numbers of positional values that something has asked for.
         defaulted: variables that are open but for the default that the script gives them, like ``${NAME:-word}``.
@@ -82,11 +84,13 @@ class Variables:
             self._lenient = False
 
     def assign(self, name: str, value: str | list[str]) -> None:
-        """Set a variable. One that takes what a command says is open by its own name.
+        """Set a variable that is not given. One that takes what a command says is open by its own name.
 
         Raises:
             UserError: it grows without end.
         """
+        if name in self.environment:
+            return
         if len(value) > MOST:
             raise UserError(f"{self.file}: {name} becomes longer than {MOST:,} characters. Write the launch out.")
         if isinstance(value, str) and any(found.startswith("$(") for found in open_names(value)):
@@ -166,6 +170,9 @@ class Variables:
             if isinstance(found, str):
                 return found if not index else ""
             return found[index or 0] if (index or 0) < len(found) else ""
+        if name in self.environment and index is not None:
+            items = self.array(name)
+            return items[index] if index < len(items) else ""
         return self.environment.get(name)
 
     def all_positional(self) -> list[str]:
@@ -174,6 +181,11 @@ class Variables:
 
     def array(self, name: str) -> list[str]:
         found = self.values.get(name)
+        if found is None and name in self.environment:
+            try:
+                return shlex.split(self.environment[name])
+            except ValueError as error:
+                raise UserError(f"--set {name}: is read as words, and has a quote that is not closed.") from error
         if found is None:
             return [left_open(name)]
         return list(found) if isinstance(found, list) else [found]

@@ -23,7 +23,7 @@ def read_script(text: str, file: str, positional: Sequence[str], environment: Ma
         text: of the script.
         file: its name, for messages.
         positional: the values after its name.
-        environment: variables that are known from outside.
+        environment: variables that are given from outside.
 
     Raises:
         UserError: what cannot be read, or told without running it.
@@ -184,6 +184,7 @@ class _Reader:
             )
         before.variables.asked |= self.variables.asked
         before.variables.defaulted |= self.variables.defaulted
+        before.variables.environment = self.variables.environment
         self.script.variables, self.script.commands = before.variables, before.commands
         self.script.exported, self.script.ended = before.exported, before.ended
 

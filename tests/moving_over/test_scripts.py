@@ -220,6 +220,23 @@ def test_what_stands_around_a_launch_is_told(tmp_path: Path) -> None:
     assert "The script reads env.sh, which is not read here" in told
 
 
+def test_what_commands_say_can_be_given(tmp_path: Path) -> None:
+    text = script(dp="$DEVICES", learning_rate="$RATE").replace("DP=$3", "DEVICES=`nvidia-smi -L | wc -l`; DP=$3")
+    text = text.replace("TP=$2", 'TP=$2; RATE=$([ "$PEFT" = lora ] && echo 1e-4 || echo 1e-5)')
+    assert "Give it: --set DEVICES=VALUE" in refusal(tmp_path, text, *VALUES)
+    found = keys(tmp_path, text, *VALUES, DEVICES="8", RATE="1e-4")
+    assert (found["trainer.devices"], found["model.learning_rate"]) == (8, 1e-4)
+    total = script(total_train_batch_size="$((4 * $DEVICES))")
+    assert "Write what it comes to, or give its variables: --set" in refusal(tmp_path, total, *VALUES)
+
+
+def test_what_nothing_asks_for_is_refused(tmp_path: Path) -> None:
+    message = refusal(tmp_path, script(), *VALUES, OUT_DIR="o")
+    assert message.startswith("--set OUT_DIR: nothing in run_gpt_mft_peft.sh asks for it. The nearest is OUTPUT_DIR.")
+    undecided = 'if [ "$MODE" = x ]; then mkdir a; fi\n' + script()
+    assert keys(tmp_path, undecided, *VALUES, MODE="$X")
+
+
 def test_no_secret_is_written(tmp_path: Path) -> None:
     text = "export HF_TOKEN=hf_secret\n" + script(hub_token="hf_secret", hub_model_id="me/model")
     found = converted(tmp_path, text, *VALUES).text

@@ -100,6 +100,16 @@ def test_given_variables_are_known() -> None:
     assert [word for word, _ in command.words] == ["told", "1", "3"]
 
 
+@pytest.mark.parametrize(
+    "assigned",
+    ["A=$(nproc)", "A=`nproc`", "A=4", "A=(4 5)", "A=4; A+=5", "export A=4", "[ -d x ] && A=4", "A=4; unset A", ""],
+)
+def test_what_is_given_stands_for_what_the_script_would_set(assigned: str) -> None:
+    commands = read_script(f'{assigned}; told $A "${{A[@]}}" ${{A[1]}}', "run.sh", (), {"A": "x 'y z'"}).commands
+    told = [[word for word, _ in command.words[1:]] for command in commands if command.words[0][0] == "told"]
+    assert told == [["x", "'y", "z'", "x", "y z", "y", "z"]]
+
+
 def test_a_condition_that_is_not_known_may_decide_nothing_that_matters() -> None:
     text = 'if [ ! -d $OUT ]; then mkdir $OUT; fi\n[ -z "$DATA" ] && exit 1\ntold a'
     assert [command.words[0][0] for command in read_script(text, "run.sh", (), {}).commands] == ["told"]
@@ -148,6 +158,7 @@ def test_commands_know_their_line_and_what_follows_an_exit_is_not_read() -> None
         ("a\nset -- 1 2", "run.sh:2: set sets variables in a way"),
         ("( " * 10_000 + "a" + ")" * 10_000, "run.sh: is nested too deeply, or evaluates itself."),
         ("""A='eval "$A"'; eval "$A\"""", "run.sh: is nested too deeply, or evaluates itself."),
+        ('told "${QUOTE[@]}"', "--set QUOTE: is read as words, and has a quote that is not closed."),
         ("A=abc\n" + "A=$A$A\n" * 40, "run.sh: A becomes longer than 1,048,576 characters."),
     ],
 )
@@ -156,7 +167,7 @@ def test_what_cannot_be_read_is_told_with_its_line(text: str, why: str) -> None:
         read_script(text, "run.sh", (), {})
         return
     with pytest.raises(UserError) as caught:
-        read_script(text, "run.sh", (), {})
+        read_script(text, "run.sh", (), {"QUOTE": "'"})
     assert why in str(caught.value)
 
 
