@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from mft_lightning.errors import UserError
 from mft_lightning.moving_over.conversion import Conversion
 from mft_lightning.moving_over.old_values import is_open
+from mft_lightning.moving_over.shell_expansion import as_variables, as_written
 
+PER_NODE = ("nproc_per_node", "num_gpus")
 PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed", "no": "bf16-true"}
 
 
@@ -35,14 +37,16 @@ def convert_devices(conversion: Conversion) -> int | None:
     tensor_parallel = conversion.known("tp", 1) or 1
     nodes, devices = _count(conversion, tensor_parallel)
     draft = conversion.draft
-    if devices is not None:
-        draft.put("trainer.devices", devices, "of each node" if nodes > 1 else "")
+    left_open = _left_open(conversion, nodes) if devices is None else None
+    if devices is not None or left_open is not None:
+        draft.put("trainer.devices", devices or left_open, "of each node" if nodes > 1 else "")
     if nodes > 1:
         draft.put("trainer.num_nodes", nodes)
     sharing = _sharing(conversion, tensor_parallel)
     if sharing is not None and devices != 1:
         draft.put("trainer.strategy", sharing.name, sharing.says)
     _precision(conversion, sharing if devices != 1 else None)
+    _uncounted(conversion)
     if tensor_parallel > 1 and sharing is not None and sharing.name == "ddp":
         raise UserError(f"{conversion.where('tp')}: is {tensor_parallel}, and {sharing.says}. Give 1.")
     if tensor_parallel > 1:
@@ -58,10 +62,10 @@ def _count(conversion: Conversion, tensor_parallel: int) -> tuple[int, int | Non
     """Nodes, and devices of each; None where the machine says it."""
     nodes = 1
     for name in ("nnodes", "num_nodes", "num_machines"):
-        value = _launched_number(conversion, name)
-        nodes = value if value is not None else nodes
+        if name in conversion.launched:
+            nodes = _nodes(conversion, name)
     per_node = None
-    for name in ("nproc_per_node", "num_gpus"):
+    for name in PER_NODE:
         per_node = _launched_number(conversion, name) or per_node
     processes = _launched_number(conversion, "num_processes")
     if processes is not None:
@@ -87,14 +91,44 @@ def _count(conversion: Conversion, tensor_parallel: int) -> tuple[int, int | Non
     return nodes, whole // nodes
 
 
+def _nodes(conversion: Conversion, name: str) -> int:
+    """How many nodes the launcher was given.
+
+    Raises:
+        UserError: it is no number, or open.
+    """
+    given = conversion.launched[name]
+    value = as_written(str(given.value))
+    if not value.isdecimal() or not int(value):
+        how = f"Give it: --set {value[1:]}=VALUE" if value[:1] == "$" and value[1:].isidentifier() else "Write it."
+        raise UserError(f"{given.where}: is {value}, and trainer.num_nodes is a number that does not change. {how}")
+    return int(value)
+
+
 def _launched_number(conversion: Conversion, name: str) -> int | None:
-    """A number that the launcher was given; None where it is none, or what a command says."""
+    """A number of devices that the launcher was given; None where it is none, or open."""
     given = conversion.launched.get(name)
-    if given is None or not str(given.value).isdecimal():
-        if given is not None:
-            conversion.draft.ignored.append((f"--{name}", "left open; the number of devices is trainer.devices"))
-        return None
-    return int(given.value)
+    return int(given.value) if given is not None and str(given.value).isdecimal() else None
+
+
+def _left_open(conversion: Conversion, nodes: int) -> str | None:
+    """The variable that says how many devices each node has; None where the launcher was given none."""
+    for name in (*PER_NODE, *(("num_processes",) if nodes == 1 else ())):
+        given = conversion.launched.get(name)
+        if given is not None and is_open(variable := as_variables(str(given.value))) and variable[2:-1].isidentifier():
+            return variable
+    return None
+
+
+def _uncounted(conversion: Conversion) -> None:
+    """Say which of the launcher's counts became no key."""
+    for name in (*PER_NODE, "num_processes"):
+        given = conversion.launched.get(name)
+        if given is None or str(given.value).isdecimal():
+            continue
+        if as_variables(str(given.value)) != conversion.draft.values.get("trainer.devices"):
+            value = as_written(str(given.value))
+            conversion.draft.ignored.append((f"--{name}", f"{value}: the number of devices is trainer.devices"))
 
 
 def _sharing(conversion: Conversion, tensor_parallel: int) -> Sharing | None:

@@ -75,7 +75,12 @@ def test_every_change_of_meaning_has_a_comment_and_every_option_without_a_key_is
     _, ignored = text.split("# Without a key here:")
     for name in ("train_iters", "vocab_file", "padding", "skip_atorch_autoacc_dryrun", "ignore_mismatched_sizes"):
         assert f"#   {name}: " in ignored
-    for name in ("tp: 1 is", "tokenize_mode: sft is", "resume_from_checkpoint: false: ", "--nproc_per_node: left open"):
+    for name in (
+        "tp: 1 is",
+        "tokenize_mode: sft is",
+        "resume_from_checkpoint: false: ",
+        "--nproc_per_node: $(nvidia-smi",
+    ):
         assert f"#   {name}" in ignored
     assert all(len(line) <= 112 for line in text.splitlines())
 
@@ -139,6 +144,10 @@ def test_devices_and_their_strategy(tmp_path: Path) -> None:
     )
     found = keys(tmp_path, nodes, *VALUES)
     assert (found["trainer.devices"], found["trainer.num_nodes"]) == (4, 2)
+    message = refusal(tmp_path, nodes.replace("--nnodes 2", "--nnodes $NODES"), *VALUES)
+    assert (
+        "--nnodes: is $NODES, and trainer.num_nodes is a number that does not change. Give it: --set NODES" in message
+    )
 
 
 def test_lengths_and_schedules(tmp_path: Path) -> None:

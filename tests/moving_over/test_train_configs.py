@@ -205,6 +205,18 @@ def test_a_launch_says_devices_precision_and_sharding(tmp_path: Path) -> None:
     assert {key: found.get(key) for key in expected} == expected
 
 
+def test_a_number_of_devices_that_a_command_says_is_left_open(tmp_path: Path) -> None:
+    counted = LAUNCH.replace("N_GPU_PER_NODE=8", "N_GPU=$(nvidia-smi -L | wc -l)").replace("machines 2", "machines 1")
+    counted = counted.replace("$((2*$N_GPU_PER_NODE))", "$N_GPU")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "full_train_config.json").write_text(config("full"))
+    found = converted(tmp_path, counted, name="launch.sh")
+    assert found.draft.values["trainer.devices"] == "${N_GPU}" and "N_GPU" in found.draft.left_open()
+    assert "--num_processes" not in dict(found.draft.ignored)
+    given = converted(tmp_path, counted, name="launch.sh", N_GPU="4").draft.values
+    assert (given["trainer.devices"], given["data.total_train_batch_size"]) == (4, 8)
+
+
 def test_what_a_launch_says_of_sharing_is_told_where_nothing_is_shared(tmp_path: Path) -> None:
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "full_train_config.json").write_text(config("full"))
