@@ -107,10 +107,7 @@ def _read_options(
         match = _OPTION.fullmatch(word)
         if match is None:
             if own:
-                raise UserError(
-                    f"{file}:{line}: {as_written(word)!r} stands where an option of the program must. A value with "
-                    "blanks needs quotes."
-                )
+                raise UserError(f"{file}:{line}: {_no_option(word)}")
             continue
         name = match["name"].replace("-", "_")
         name = _whole_name(name, f"{file}:{line}: {word}") if own else name
@@ -127,6 +124,17 @@ def _read_options(
         if name in found and found[name].value != value:
             twice.append(name)
         found[name] = Given("true" if value is None else value, f"{file}:{line}: --{name}")
+
+
+def _no_option(word: str) -> str:
+    """What to say of a word that stands where an option of the program must."""
+    written = as_written(word)
+    if written[:1] == "$" and written[1:].isidentifier():
+        return (
+            f"{written} is left open, and may hold options. Give what it holds, or nothing: --set {written[1:]}= on "
+            "convert-config's command line."
+        )
+    return f"{written!r} stands where an option of the program must. A value with blanks needs quotes."
 
 
 def _whole_name(name: str, where: str) -> str:

@@ -153,7 +153,7 @@ class Variables:
                 values = values[start - (name in ("@", "*")) :]
             elif part.operator:
                 raise self.fail(part, line)
-            if part.quoted and name == "*":
+            if part.quoted and "*" in (name, index[:1]):
                 values = [" ".join(values)]
             return values or None
         value = self.value(name, int(index[:-1]) if index else None)

@@ -186,12 +186,13 @@ class _Scanner:
         return tuple(token for token in inner if isinstance(token, Word))
 
     def double_quoted(self, parts: list[Part]) -> None:
-        line = self.line
+        line, before = self.line, len(parts)
         self.at += 1
-        parts.append(Part("text", "", True))  # so that "" is a word
         while self.at < len(self.source):
             if self.source[self.at] == '"':
                 self.at += 1
+                if len(parts) == before:  # "" is a word; "$@" without values is none
+                    parts.append(Part("text", "", True))
                 return
             self.double_quoted_piece(parts)
         raise self.fail("a double quote is opened here and not closed.", line)

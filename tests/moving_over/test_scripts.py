@@ -315,6 +315,8 @@ def test_what_cannot_be_kept_is_refused_with_its_line(tmp_path: Path, changed: d
         ("echo hello\n", (), "starts no training of the original"),
         (script() + script(), VALUES, "starts several trainings, in the lines 28 and 103"),
         ("python xxpo_accelerate.py --train_config a.json", (), "is no training that is done here"),
+        (script("--bf16 $EXTRA"), VALUES, "$EXTRA is left open, and may hold options. Give what it holds, or nothing:"),
+        (script("--bf16", '"${EXTRA[@]}"'), VALUES, "nothing: --set EXTRA= on"),
         (script("extra"), VALUES, "'extra' stands where an option of the program must"),
         ("exit 0\n" + script(), VALUES, "It comes to an exit before."),
         (script().replace("$(nvidia-smi -L | wc -l)", "4"), VALUES, "tp 1 x dp 8 is 8, but the launcher starts 4"),
@@ -322,6 +324,16 @@ def test_what_cannot_be_kept_is_refused_with_its_line(tmp_path: Path, changed: d
 )
 def test_launches_that_are_none(tmp_path: Path, text: str, values: tuple[str, ...], why: str) -> None:
     assert why in refusal(tmp_path, text, *values)
+
+
+def test_options_may_stand_in_what_is_empty_or_given(tmp_path: Path) -> None:
+    plain = keys(tmp_path, script(), *VALUES)
+    assert keys(tmp_path, script('"$@"').replace("EPOCH=$4", "EPOCH=$4; shift 4"), *VALUES) == plain
+    assert keys(tmp_path, script('"${@:5}"'), *VALUES) == plain
+    assert keys(tmp_path, script('"${A[@]}"').replace("EPOCH=$4", "EPOCH=$4; A=()"), *VALUES) == plain
+    for given in ("$EXTRA", '"${EXTRA[@]}"'):
+        assert keys(tmp_path, script(given), *VALUES, EXTRA="") == plain
+        assert keys(tmp_path, script(given), *VALUES, EXTRA="--seed 3")["seed_everything"] == 3
 
 
 def test_values_beyond_those_of_the_script_are_refused(tmp_path: Path) -> None:

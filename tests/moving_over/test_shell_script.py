@@ -47,6 +47,8 @@ SCRIPTS = [
     "A=--flag; told ${A} $NOTHING end",
     "S=${SIZE:-'a b'}; told \"$S\" ${SIZE:-x}",
     "told `true` end",
+    'A=(); B=(x "y z"); told "$@" "${@:5}" "${A[@]}" "${A[*]}" "${B[*]}" a"${A[@]}" "${A[@]}b" "${A[@]}${A[@]}" ""',
+    'A=(); told ${A[@]} ${@:9} "" "${@:5}"',
 ]
 
 
