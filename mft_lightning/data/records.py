@@ -14,11 +14,13 @@ Role = Literal["system", "human", "bot"]
 ROLES: tuple[Role, ...] = get_args(Role)
 ROLE_ALIASES: dict[str, Role] = {
     "system": "system",
+    "developer": "system",
     "human": "human",
     "user": "human",
     "bot": "bot",
     "assistant": "bot",
 }
+CALLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")  # what turns of words do not say
 ELSEWHERE = {"instruction": "Alpaca", "conversations": "ShareGPT"}  # forms of other programs, by a field of theirs
 _SHORT = Repr()  # a value of the record in a message: it may be as long as a line
 _SHORT.maxstring = 60
@@ -110,7 +112,8 @@ def _named_turns(record: dict[str, Any], *, answered: bool) -> list[tuple[str, T
     """The turns in order, each with its place in the record; None for a plain ``text``."""
     for field in ("chat_rounds", "messages"):
         if field in record:
-            return _checked_order([(f"{field}[{i}]", turn) for i, turn in enumerate(_rounds(record[field], field))])
+            turns = turns_of(record, field, learnt=answered)
+            return _checked_order([(f"{field}[{i}]", turn) for i, turn in enumerate(turns)])
     if "prompt" in record or "answer" in record:
         fields: dict[str, Role] = {"prompt": "human", "answer": "bot"}
         if record.get("system") is not None:
@@ -173,7 +176,19 @@ def _text(record: dict[str, Any], field: str, where: str = "") -> str:
     return value
 
 
-def _rounds(rounds: Any, field: str) -> list[Turn]:
+def turns_of(record: dict[str, Any], field: str, *, learnt: bool = True) -> list[Turn]:
+    """The turns of ``chat_rounds`` or ``messages``, in whatever order.
+
+    Args:
+        record: that has them.
+        field: their name.
+        learnt: whether they are to be learnt from, which a ``weight`` may forbid.
+
+    Raises:
+        BadRecord: what they are cannot be said by turns of words.
+    """
+    rounds = record[field]
+    refuse_calls(record)
     if not isinstance(rounds, list):
         raise BadRecord("bad-rounds", f"{field}: is {type(rounds).__name__}, not a list")
     turns = []
@@ -185,8 +200,51 @@ def _rounds(rounds: Any, field: str) -> list[Turn]:
         if role is None:
             known = ", ".join(ROLE_ALIASES)
             raise BadRecord("unknown-role", f"{where}.role: {_SHORT.repr(item.get('role'))} is none of {known}")
-        turns.append(Turn(role, _text(item, "content", f"{where}.")))
+        refuse_calls(item, f"{where}.")
+        if learnt:
+            refuse_weight(item, f"{where}.")
+        turns.append(Turn(role, _content(item, f"{where}.")))
     return turns
+
+
+def refuse_calls(given: dict[str, Any], where: str = "") -> None:
+    """Refuse a record or a turn that has calls of functions.
+
+    Args:
+        given: the record or turn.
+        where: what stands before its fields' names in messages.
+
+    Raises:
+        BadRecord: it has.
+    """
+    if found := [name for name in CALLS if given.get(name)]:
+        raise BadRecord("tools", f"{where}{found[0]}: calls of functions are no part of a conversation here")
+
+
+def refuse_weight(turn: dict[str, Any], where: str) -> None:
+    """Refuse a turn that is to be learnt from less than others, or not at all.
+
+    Args:
+        turn: whose ``weight`` may say so.
+        where: what stands before its fields' names in messages.
+
+    Raises:
+        BadRecord: it does.
+    """
+    if (weight := turn.get("weight")) not in (None, 1):
+        raise BadRecord("weight", f"{where}weight: is {_SHORT.repr(weight)}, and every answer is learnt from here")
+
+
+def _content(item: dict[str, Any], where: str) -> str:
+    """A text, or a list of parts that are texts, one after the other."""
+    content = item.get("content")
+    if not isinstance(content, list):
+        return _text(item, "content", where)
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise BadRecord("no-text", f"{where}content[{i}]: is {_SHORT.repr(kind)}, and only texts are read")
+    return "".join(_text(part, "text", f"{where}content[{i}].") for i, part in enumerate(content))
 
 
 def _checked_order(named: list[tuple[str, Turn]]) -> list[tuple[str, Turn]]:

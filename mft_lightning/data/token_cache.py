@@ -38,7 +38,7 @@ from mft_lightning.data.tasks import Task
 from mft_lightning.data.token_store import DamagedFile, EncodedFile, TokenStore, schema, unwritable, write_batches
 from mft_lightning.errors import UserError
 
-VERSION = 2  # of what a cache file holds and how it is encoded; raise it where either changes
+VERSION = 3  # of what a cache file holds and how it is encoded; raise it where either changes
 PER_PROCESS = 4 << 20  # bytes of text that are worth a process of their own
 ABANDONED = 600  # seconds after which a half-written file that nobody writes to is removed
 LONGEST_NAME = 40  # letters of a task's name that its directory shows: four bytes each, of the 255 of a file name

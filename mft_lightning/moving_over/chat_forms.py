@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mft_lightning.data.records import BadRecord, parse_record
+from mft_lightning.data.records import BadRecord, parse_record, refuse_calls, refuse_weight, turns_of
 from mft_lightning.screen import json_line
 
 ALPACA, SHAREGPT, OPENAI, OWN = "Alpaca", "ShareGPT", "OpenAI messages", "as it is"
@@ -26,9 +26,6 @@ _SHAREGPT_ROLES = {
     "assistant": "bot",
     "bot": "bot",
 }
-_OPENAI_ROLES = {"system": "system", "developer": "system", "user": "human", "assistant": "bot"}
-# what a record cannot do without, and plain turns do not have
-_TOOLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")
 Round = dict[str, str]
 
 
@@ -114,28 +111,19 @@ def _sharegpt(record: dict[str, Any], left_out: list[str]) -> tuple[list[Round],
     for i, turn in enumerate(_turns(record, "conversations")):
         where = f"conversations[{i}]"
         keys = ("from", "value") if "from" in turn else ("role", "content")
-        _refuse(turn, where)
-        role = _role(turn.get(keys[0]), _SHAREGPT_ROLES, where, keys[0])
+        refuse_calls(turn, f"{where}.")
+        refuse_weight(turn, f"{where}.")
+        role = _role(turn.get(keys[0]), where, keys[0])
         rounds.append(_round(role, turn.get(keys[1]), f"{where}.{keys[1]}"))
-        left_out += [f"conversations[].{name}" for name in turn if name not in keys]
-    _refuse(record, "")
+        left_out += [f"conversations[].{name}" for name in turn if name not in (*keys, "weight")]
+    refuse_calls(record)
     return rounds, ("conversations", "system")
 
 
 def _openai(record: dict[str, Any], left_out: list[str]) -> tuple[list[Round], tuple[str, ...]]:
-    """``messages`` of ``role`` and ``content``, a text or a list of parts that are texts."""
-    rounds = []
-    _refuse(record, "")
-    for i, message in enumerate(_turns(record, "messages")):
-        where = f"messages[{i}]"
-        _refuse(message, where)
-        if message.get("weight", 1) != 1:
-            raise BadRecord("weight", f"{where}.weight: is {message['weight']!r}, and every answer is learnt from here")
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(_part(part, f"{where}.content[{j}]") for j, part in enumerate(content))
-        role = _role(message.get("role"), _OPENAI_ROLES, where, "role")
-        rounds.append(_round(role, content, f"{where}.content"))
+    """``messages``, which training reads as they are, with the names of ``chat_rounds``."""
+    rounds = [{"role": str(turn.role), "content": turn.content} for turn in turns_of(record, "messages")]
+    for message in record["messages"]:
         left_out += [f"messages[].{name}" for name in message if name not in ("role", "content", "weight")]
     return rounds, ("messages",)
 
@@ -162,23 +150,10 @@ def _turns(record: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return turns
 
 
-def _refuse(given: dict[str, Any], where: str) -> None:
-    if found := [name for name in _TOOLS if given.get(name)]:
-        place = f"{where}.{found[0]}" if where else found[0]
-        raise BadRecord("tools", f"{place}: calls of functions are not learnt from here")
-
-
-def _role(role: object, known: dict[str, str], where: str, key: str) -> str:
-    if not isinstance(role, str) or role not in known:
-        raise BadRecord("unknown-role", f"{where}.{key}: {role!r:.60} is none of {', '.join(known)}")
-    return known[role]
-
-
-def _part(part: object, where: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        raise BadRecord("no-text", f"{where}: is {kind!r:.60}; only texts are learnt from")
-    return _text(part.get("text"), f"{where}.text")
+def _role(role: object, where: str, key: str) -> str:
+    if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
+        raise BadRecord("unknown-role", f"{where}.{key}: {role!r:.60} is none of {', '.join(_SHAREGPT_ROLES)}")
+    return _SHAREGPT_ROLES[role]
 
 
 def _round(role: str, content: object, where: str) -> Round:

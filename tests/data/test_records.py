@@ -90,6 +90,19 @@ def test_any_text_comes_back_unchanged(
     assert [(turn.role, turn.content) for turn in parse_record(raw).turns] == turns
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_content_may_be_parts_that_are_texts_and_a_system_turn_the_developers(form: str) -> None:
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}]
+    answer = {"role": "assistant", "content": "4", "weight": 1, "tool_calls": None, "name": "x"}
+    turns = [*rounds(("developer", "Be brief."), ("user", parts)), answer]
+    assert parsed({form: turns, "tools": []}).turns == (SYSTEM, ASK, REPLY)
+
+
+def test_a_question_may_follow_answers_that_are_not_learnt_from() -> None:
+    first = [{"role": "human", "content": "2+2?"}, {"role": "bot", "content": "4", "weight": 0}]
+    assert asked({"messages": [*first, {"role": "human", "content": "2+2?"}]}).turns == (ASK, REPLY, ASK)
+
+
 # --- bad forms
 
 
@@ -154,7 +167,6 @@ BAD = {
             ("a number", b"1", "int"),
             ("NaN", b"NaN", "float"),
             ("true", b"true", "bool"),
-            ("a list", b'["a"]', "list"),
             ("an object", b'{"a": "b"}', "dict"),
         ]
         for field, record in {
@@ -177,6 +189,21 @@ BAD = {
             ("an object", b"{}", "dict"),
         ]
     },
+    "parts that are none": (chat(HUMAN, b'{"role": "bot", "content": ["a"]}'), "no-text", "content[0]: is 'str'"),
+    "a part without a text": (
+        chat(HUMAN, b'{"role": "bot", "content": [{"type": "text"}]}'),
+        "missing-content",
+        "chat_rounds[1].content[0].text: is missing",
+    ),
+    "no parts": (chat(HUMAN, b'{"role": "bot", "content": []}'), "empty-answer", "chat_rounds[1]"),
+    "prompt a list": (b'{"prompt": ["a"], "answer": "a"}', "missing-content", "prompt: is list, not a string"),
+    "a weight": (chat(HUMAN, b'{"role": "bot", "content": "a", "weight": 0.5}'), "weight", "[1].weight: is 0.5, and"),
+    "a call": (
+        chat(HUMAN, b'{"role": "bot", "content": "a", "function_call": {"name": "f"}}'),
+        "tools",
+        "chat_rounds[1].function_call: calls of functions are no part of a conversation here",
+    ),
+    "tools": (b'{"messages": [], "tools": [{}]}', "tools", "tools: calls of functions"),
     "a round that is null": (chat(HUMAN, b"null"), "bad-rounds", "chat_rounds[1]: is NoneType"),
     "a round that is a list": (chat(b'["human", "q"]', BOT), "bad-rounds", "chat_rounds[0]: is list"),
     "prompt missing": (b'{"answer": "a"}', "missing-content", "prompt: is missing"),

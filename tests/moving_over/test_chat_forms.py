@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,35 @@ def test_openai() -> None:
     assert turns({"messages": answered}) == [("system", "s"), ("human", "ab"), ("bot", "c")]
 
 
+QUESTION = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [QUESTION, {"role": "assistant", "content": "b"}], "tools": []},
+        {"messages": [QUESTION, {"role": "assistant", "content": "b", "weight": 0}]},
+        {"messages": [QUESTION, {"role": "assistant", "content": "b", "weight": None, "tool_calls": None}]},
+        {"messages": [QUESTION, {"role": "assistant", "content": "b", "tool_calls": [{"id": "x"}]}]},
+        {"messages": [QUESTION, {"role": "assistant", "content": "b"}], "tools": [{"type": "function"}]},
+        {"messages": [{"role": "developer", "content": "s"}, QUESTION, {"role": "assistant", "content": "b"}]},
+        {"messages": [QUESTION, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]},
+        {"messages": [QUESTION, {"role": "assistant", "content": [{"type": "refusal", "refusal": "b"}]}]},
+        {"messages": [QUESTION, {"role": "tool", "content": "b", "tool_call_id": "x"}]},
+    ],
+)
+def test_messages_are_read_directly_as_they_are_converted(record: dict[str, object]) -> None:
+    def outcome(read: Callable[[], object]) -> object:
+        try:
+            return read()
+        except BadRecord as error:
+            return error.reason, error.detail
+
+    assert outcome(lambda: parse_record(json.dumps(record).encode())) == outcome(
+        lambda: parse_record(convert_record(record, form_of(record)).line.encode())
+    )
+
+
 def test_what_is_no_part_of_the_conversation_is_told_and_the_id_is_kept() -> None:
     record = {
         "id": "x",
@@ -104,15 +134,24 @@ def test_the_originals_own_forms_are_left_as_they_are() -> None:
             "unknown-role",
             "conversations[0].from: 'tool' is none of",
         ),
-        ({"conversations": [], "tools": "[{}]"}, "tools", "tools: calls of functions are not learnt from here"),
+        (
+            {"conversations": [], "tools": "[{}]"},
+            "tools",
+            "tools: calls of functions are no part of a conversation here",
+        ),
         (
             {"conversations": [{"from": "human", "value": None}]},
             "missing-content",
             "conversations[0].value: is missing",
         ),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}, "tools", "messages[0].tool_calls"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "no-text", "is 'image_url'; only texts"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "no-text",
+            "is 'image_url', and only texts",
+        ),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "weight", "messages[0].weight: is 0"),
+        ({"conversations": [{"from": "human", "value": "a", "weight": 0}]}, "weight", "conversations[0].weight: is 0"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no-bot-turn", "has no bot turn to learn from"),
         ({"question": "a"}, "unknown-form", "has none of instruction (Alpaca)"),
         ({}, "unknown-form", "but nothing"),
