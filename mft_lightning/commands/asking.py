@@ -60,8 +60,9 @@ def _said(preset: dict[str, Any]) -> str:
 
 
 def add_model_options(parser: ArgumentParser) -> None:
-    """``--model``, ``--device`` and ``--dtype``."""
+    """``--model``, ``--base``, ``--device`` and ``--dtype``."""
     parser.add_argument("--model", type=str, required=True, help="Checkpoint directory, full or LoRA.")
+    parser.add_argument("--base", type=str, help="An adapter's base model. Default: the one that it names.")
     parser.add_argument("--device", type=str, default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda.")
     parser.add_argument(
         "--dtype",
@@ -97,7 +98,7 @@ def check_text(options: Namespace, *keys: str) -> None:
 
 def load_asked(options: Namespace) -> LoadedModel:
     """The model of ``--model``, on its device."""
-    loaded = load_model(given_path(options.model, "--model"), "--model", dtype=options.dtype)
+    loaded = load_model(given_path(options.model, "--model"), "--model", base=options.base, dtype=options.dtype)
     try:
         gather_scales(loaded.model.to(options.device))
     except (RuntimeError, AssertionError) as error:

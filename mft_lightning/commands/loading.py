@@ -56,10 +56,14 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
     if is_adapter(directory):
         found, where = base_of(directory, key, base)
         model = _with_adapter(directory, key, found, where, metadata)
+        if base is not None and trained_on(metadata) is None:
+            tell_unchecked(directory, where)
         if not has_tokenizer(asked):
             asked = found
         with unsaved_buffers_kept(model):
             model = model if dtype == "auto" else model.to(getattr(torch, dtype))
+    elif base is not None:
+        raise UserError(f"--base {base}: is of an adapter, and {key} {directory} is a whole model. Leave it out.")
     else:
         model = _pretrained(directory, f"{key} {directory}", dtype)
     tokenizer = load_tokenizer(asked, where=f"{key} {directory}")
@@ -129,13 +133,47 @@ def _with_adapter(directory: Path, key: str, base: str, where: str, metadata: di
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{key} {directory}: cannot be put on its base ({first_line(error)}).") from error
-    trained_on = described.get("frozen base (digest)")
-    if trained_on not in (None, here):
-        raise UserError(
-            f"{where}: is not the base that {directory.resolve().name} was trained on (digest {here}, trained on "
-            f"{trained_on}). Give the base of that run."
-        )
+    check_base(here, directory, metadata, where)
     return model
+
+
+def trained_on(metadata: dict[str, Any] | None) -> str | None:
+    """The digest of the base that an adapter was trained on; None of one that does not tell it.
+
+    Args:
+        metadata: of the adapter.
+    """
+    found: str | None = None if metadata is None else metadata["fingerprint"].get("frozen base (digest)")
+    return found
+
+
+def check_base(digest: str, directory: Path, metadata: dict[str, Any] | None, where: str) -> None:
+    """Refuse another base than the adapter's.
+
+    Args:
+        digest: of the base that is here.
+        directory: the adapter.
+        metadata: of the adapter.
+        where: what messages call the base.
+
+    Raises:
+        UserError: it was trained on another.
+    """
+    if (expected := trained_on(metadata)) not in (None, digest):
+        raise UserError(
+            f"{where}: is not the base that {directory.resolve().name} was trained on (digest {digest}, trained on "
+            f"{expected}). Give the base of that run."
+        )
+
+
+def tell_unchecked(directory: Path, where: str) -> None:
+    """Say that an adapter does not tell its base from others.
+
+    Args:
+        directory: the adapter.
+        where: what messages call the base.
+    """
+    print(f"note: {directory} does not tell its base from others; {where} was not checked.", file=sys.stderr)
 
 
 def base_of(directory: Path, key: str, given: str | None = None) -> tuple[str, str]:
@@ -153,15 +191,17 @@ def base_of(directory: Path, key: str, given: str | None = None) -> tuple[str, s
         raise UserError("--base: names no base. Give a model directory or hub id.")
     found = _named_base(directory, key) if given is None else given
     where = f"{key} {directory}: its base {found}" if given is None else f"--base {found}"
+    instead = " Say where it is with --base." if given is None else ""
     path = given_path(found, f"{key} {directory}: its base" if given is None else "--base")
     if found.startswith(("/", ".", "~")) and not path.is_dir():
-        raise UserError(f"{where}: is no directory.")
+        raise UserError(f"{where}: is no directory.{instead}")
     if not path.is_dir():
         try:
             cached_file(found, CONFIG_NAME)
         except OSError as error:
+            why = first_line(error)
             raise UserError(
-                f"{where}: there is no such directory here, and the hub does not give one ({first_line(error)})."
+                f"{where}: there is no such directory here, and the hub does not give one ({why}).{instead}"
             ) from error
     return str(path) if found.startswith("~") else found, where
 
@@ -176,4 +216,6 @@ def _named_base(directory: Path, key: str) -> str:
     if Path(named).name == "base" and beside.is_dir():
         print(f"note: the adapter's base {named} is gone; using {beside}", file=sys.stderr)
         return str(beside)
-    raise UserError(f"{key} {directory}: its adapter was trained on {named}, which is not there.")
+    raise UserError(
+        f"{key} {directory}: its adapter was trained on {named}, which is not there. Say where it is with --base."
+    )

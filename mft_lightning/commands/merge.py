@@ -17,7 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from mft_lightning.aside import written_aside
 from mft_lightning.bars import WorkBar
 from mft_lightning.commands.devices import check_device
-from mft_lightning.commands.loading import DTYPES, base_of, checked_metadata, load_model
+from mft_lightning.commands.loading import (
+    DTYPES,
+    base_of,
+    check_base,
+    checked_metadata,
+    load_model,
+    tell_unchecked,
+    trained_on,
+)
 from mft_lightning.commands.logit_difference import PROMPTS, logit_difference
 from mft_lightning.data.tokenizer import has_tokenizer, save_tokenizer, saved_tokenizer
 from mft_lightning.errors import UserError, first_line
@@ -171,17 +179,12 @@ def _replaceable(output: Path, inputs: Mapping[str, Path]) -> Path:
 
 def _check_base(base: Weights, metadata: dict[str, Any] | None, where: str, adapter: Path) -> None:
     """Refuse another base than the adapter's, told by its digest."""
-    trained_on = None if metadata is None else metadata["fingerprint"].get("frozen base (digest)")
-    if trained_on is None:
-        print(f"note: {adapter} does not tell its base from others; {where} was not checked.", file=sys.stderr)
+    if trained_on(metadata) is None:
+        tell_unchecked(adapter, where)
         return
     with WorkBar("checking the base", _bytes(base), "tensors") as bar:
         here = base_digest(Watched(base, bar))
-    if here != trained_on:
-        raise UserError(
-            f"{where}: is not the base that {adapter.resolve().name} was trained on (digest {here}, trained on "
-            f"{trained_on}). Give the base of that run."
-        )
+    check_base(here, adapter, metadata, where)
 
 
 def _write(

@@ -335,16 +335,25 @@ def test_what_yaml_reads_as_nothing_can_be_asked(ask: Ask) -> None:
     assert ask("--prompt", "null") and ask("--prompt", "~")
 
 
-def test_an_adapter_whose_base_is_gone_is_refused(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_adapter_whose_base_is_gone_is_refused_until_it_is_given(
+    adapter: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moved = tmp_path / "step-00000004"
     moved.mkdir()
     for file in adapter.iterdir():
         text = file.read_bytes()
         (moved / file.name).write_bytes(text.replace(str(adapter.parent).encode(), b"/no/such"))
-    assert main(["generate", "--model", str(moved), "--prompt", "a"]) == 1
-    assert "/no/such/base, which is not there" in capsys.readouterr().err
+    words = ["generate", "--model", str(moved), "--prompt", "a", "--max_new_tokens", "4"]
+    assert main(words) == 1
+    assert "/no/such/base, which is not there. Say where it is with --base." in capsys.readouterr().err
+    assert main(["generate", "--model", str(adapter), *words[3:]]) == 0
+    expected = capsys.readouterr()
+    assert main([*words, "--base", str(adapter.parent / "base")]) == 0
+    assert capsys.readouterr() == expected
+    assert main([*words, "--base", str(checkpoint)]) == 1
+    assert f"--base {checkpoint}: is not the base that step-00000004 was trained on" in capsys.readouterr().err
+    assert main(["generate", "--model", str(checkpoint), *words[3:], "--base", str(checkpoint)]) == 1
+    assert "is of an adapter, and --model" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_enough_ends_the_command_in_peace(checkpoint: Path, tmp_path: Path) -> None:

@@ -251,14 +251,21 @@ def test_an_adapter_of_mft_atorch_starts_a_run(
 
 
 def test_an_adapter_of_mft_atorch_is_merged_and_asked(
-    tmp_path: Path, base: Path, atorch_adapter: tuple[Path, torch.Tensor]
+    tmp_path: Path, base: Path, atorch_adapter: tuple[Path, torch.Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory, expected = atorch_adapter
     words = ["--adapter", str(directory), "--output", str(tmp_path / "merged"), "--base", str(base)]
     assert main(["merge", *words]) == 0
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-4)
+    capsys.readouterr()
     assert main(["generate", "--model", str(directory), "--prompt", "Hello", "--max_new_tokens", "3"]) == 0
+    answer = capsys.readouterr().out
+    moved = shutil.copytree(base, tmp_path / "moved")
+    words = ["--base", str(moved), "--prompt", "Hello", "--max_new_tokens", "3"]
+    assert main(["generate", "--model", str(directory), *words]) == 0
+    told = capsys.readouterr()
+    assert told.out == answer and "does not tell its base from others" in told.err
 
 
 def test_an_adapter_with_trained_biases_is_merged_and_not_trained_on(
