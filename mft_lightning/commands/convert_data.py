@@ -103,20 +103,19 @@ def _convert(count: Counts, target: Path, *, skip: bool) -> None:
     except OSError as error:
         raise UserError(f"{count.source}: cannot be read ({error.strerror}). Give a file that can.") from error
     with WorkBar(f"converting {count.source.name}", size, "records") as bar, target.open("w", encoding="utf-8") as out:
-        for line, position in read_records(count.source):
-            bar.reach(position, 1)
+        for record in read_records(count.source):
+            bar.reach(record.position, 1)
             count.read += 1
-            where = f"{line.file}:{line.number}"
             try:
-                record = parse_object(line.raw)
-                form = _form(record, where, count)
-                converted = convert_record(record, form)
+                read = parse_object(record.raw)
+                form = _form(read, record.where, count)
+                converted = convert_record(read, form)
             except BadRecord as error:
                 if not skip:
                     spread = "; it may be one object over several lines: write each on one line, or an array"
+                    what = f"{error.detail}{spread if record.raw == b'{' else ''}"
                     raise UserError(
-                        f"{where}: {error.detail}{spread if line.raw == b'{' else ''}. Mend it, or leave such records "
-                        "out: --on_bad_record skip"
+                        f"{record.where}: {what}. Mend it, or leave such records out: --on_bad_record skip"
                     ) from error
                 count.skipped[error.reason] += 1
                 continue

@@ -6,9 +6,10 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from mft_lightning.data.lines import MAX_LINE, Line, read_blocks, read_pieces
+from mft_lightning.data.lines import MAX_LINE, read_blocks, read_pieces
 from mft_lightning.errors import UserError
 
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -16,8 +17,32 @@ _PIECE = 1 << 18
 _LOOKAHEAD = 12  # letters that json reads at once: two escapes of a surrogate pair
 
 
-def read_records(file: Path) -> Iterator[tuple[Line, int]]:
-    """The records of a file, each with its line and the bytes of the file that were read by now.
+@dataclass(frozen=True)
+class Record:
+    """A record of a file.
+
+    Attributes:
+        raw: its text, in UTF-8.
+        file: that it is of.
+        line: where it begins.
+        element: which of an array's it is, from 1 on; None of a record that is a line.
+        position: the bytes of the file that were read by now.
+    """
+
+    raw: bytes
+    file: Path
+    line: int
+    element: int | None
+    position: int
+
+    @property
+    def where(self) -> str:
+        """What messages call it: an array may be one line."""
+        return f"{self.file}:{self.line}{f' (record {self.element})' if self.element else ''}"
+
+
+def read_records(file: Path) -> Iterator[Record]:
+    """The records of a file.
 
     Args:
         file: whose first sign that is not blank tells an array from lines; plain, ``.gz`` or ``.zst``.
@@ -30,7 +55,7 @@ def read_records(file: Path) -> Iterator[tuple[Line, int]]:
         return
     for block in read_blocks(file):
         for line in block.lines():
-            yield line, block.position
+            yield Record(line.raw, line.file, line.number, None, block.position)
 
 
 def _is_array(file: Path) -> bool:
@@ -49,27 +74,29 @@ class _Array:
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.json = json.JSONDecoder()
         self.text, self.at = "", 0
-        self.line, self.position = 1, 0
+        self.line, self.element, self.position = 1, 1, 0
         self.ended = False
 
     def fail(self, what: str, line: int | None = None) -> UserError:
-        return UserError(f"{self.file}:{self.line if line is None else line}: {what}")
+        place = f"{self.file}:{self.line if line is None else line} (record {self.element})"
+        return UserError(f"{place}: {what}")
 
-    def elements(self) -> Iterator[tuple[Line, int]]:
+    def elements(self) -> Iterator[Record]:
         self._expect("[")
         if self._next() == "]":
             self._step(self.at + 1)
         else:
             while True:
-                yield self._element(), self.position
+                yield self._element()
                 if self._next() == "]":
                     self._step(self.at + 1)
                     break
                 self._expect(",")
+                self.element += 1
         if self._next():
             raise self.fail("something follows the array. Take it away.")
 
-    def _element(self) -> Line:
+    def _element(self) -> Record:
         if (sign := self._next()) != "{":
             what = "a comma stands before its end" if sign == "]" else "it holds something that is no object"
             raise self.fail(f"the array is not as it must be: {what if sign else 'the file ends in it'}. Mend it.")
@@ -89,9 +116,10 @@ class _Array:
             except (RecursionError, ValueError) as error:
                 raise self.fail("is not valid JSON (nested too deeply, or a number that is too long).") from error
             else:
-                line = Line(self.file, self.line, self.text[self.at : end].encode("utf-8", "surrogatepass"))
+                raw = self.text[self.at : end].encode("utf-8", "surrogatepass")
+                record = Record(raw, self.file, self.line, self.element, self.position)
                 self._step(end)
-                return line
+                return record
 
     def _next(self) -> str:
         """The next sign that is not blank; nothing at the end."""

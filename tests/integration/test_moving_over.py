@@ -324,7 +324,7 @@ def test_what_convert_data_tells(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(words) == 1
     message = capsys.readouterr().err
     assert message.startswith(
-        f"error: {tmp_path / 'a.json'}:7: as chat_rounds, chat_rounds[1]: the bot's answer is empty"
+        f"error: {tmp_path / 'a.json'}:7 (record 2): as chat_rounds, chat_rounds[1]: the bot's answer is empty"
     )
     assert not (tmp_path / "tasks").exists()
     assert main([*words, "--on_bad_record", "skip"]) == 0

@@ -168,7 +168,7 @@ def test_what_plain_turns_cannot_say_is_a_bad_record(record: dict[str, object], 
 
 
 def read(file: Path) -> list[tuple[int, object]]:
-    return [(line.number, json.loads(line.raw)) for line, _ in read_records(file)]
+    return [(record.line, json.loads(record.raw)) for record in read_records(file)]
 
 
 records = st.lists(
@@ -194,12 +194,15 @@ def test_an_array_is_read_as_json_reads_it(
         assert [record for _, record in read(file)] == found
 
 
-def test_records_know_their_line(tmp_path: Path) -> None:
+def test_records_know_their_place(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text('\n[\n{"a": 1},\n\n {"a":\n 2}, {"a": 3}\n]\n')
     assert read(file) == [(3, {"a": 1}), (5, {"a": 2}), (6, {"a": 3})]
-    (tmp_path / "a.jsonl").write_text('\n{"a": 1}\n\n{"a": 2}\n')
-    assert read(tmp_path / "a.jsonl") == [(2, {"a": 1}), (4, {"a": 2})]
+    assert [record.where for record in read_records(file)][1:] == [f"{file}:5 (record 2)", f"{file}:6 (record 3)"]
+    lines = tmp_path / "a.jsonl"
+    lines.write_text('\n{"a": 1}\n\n{"a": 2}\n')
+    assert read(lines) == [(2, {"a": 1}), (4, {"a": 2})]
+    assert [record.where for record in read_records(lines)] == [f"{lines}:2", f"{lines}:4"]
 
 
 def test_compressed_files_and_a_byte_order_mark(tmp_path: Path) -> None:
@@ -211,13 +214,13 @@ def test_compressed_files_and_a_byte_order_mark(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b'[{"a": 1}', ":1: the file ends where ',' must stand"),
-        (b'[{"a": 1},\n{"b"', ":2: ends in the middle of a record."),
-        (b'[{"a": 1}\n {"b": 1}]', ":2: '{' stands where ',' must stand"),
-        (b'[{"a": 1},]', ":1: the array is not as it must be: a comma stands before its end."),
+        (b'[{"a": 1}', ":1 (record 1): the file ends where ',' must stand"),
+        (b'[{"a": 1},\n{"b"', ":2 (record 2): ends in the middle of a record."),
+        (b'[{"a": 1}\n {"b": 1}]', ":2 (record 1): '{' stands where ',' must stand"),
+        (b'[{"a": 1},]', ":1 (record 2): the array is not as it must be: a comma stands before its end."),
         (b"[1]", "the array is not as it must be: it holds something that is no object."),
-        (b'[{"a" 1}]', ":1: is not valid JSON (Expecting ':' delimiter)."),
-        (b'[\n{"a": 1}] x', ":2: something follows the array."),
+        (b'[{"a" 1}]', ":1 (record 1): is not valid JSON (Expecting ':' delimiter)."),
+        (b'[\n{"a": 1}] x', ":2 (record 1): something follows the array."),
         (b'[{"a": "\xff"}]', "is not UTF-8 from here on."),
         (b"[" + b'{"a":' * 100_000, "nested too deeply"),
         (b'[{"a": "' + b"x" * (18 << 20), "has a record longer than 8 MiB."),
