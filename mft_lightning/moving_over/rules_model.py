@@ -62,6 +62,11 @@ def _peft_type(conversion: Conversion) -> str | None:
     if kind is not None:
         says = [conversion.default_told("peft_type")]
         if conversion.of_config:
+            if kind == "lora" and conversion.take("quantization") in BITS:
+                says.append(
+                    f"quantization {conversion.take('quantization')}: the original's first versions quantised the base "
+                    "of lora by it too; here only that of qlora is"
+                )
             says.append("biases stay as they are; late versions of the original trained those of layers with adapters")
         elif kind == "qlora":
             says.append("the original had no qlora in this program; here it has one")
@@ -142,7 +147,7 @@ def _targets(conversion: Conversion) -> list[str] | None:
 def _quantization(conversion: Conversion, kind: str | None) -> None:
     quantization, bits = conversion.take("quantization"), conversion.known("bits")
     if kind != "qlora":
-        _ignore(conversion, "quantization", "of qlora alone")
+        _ignore(conversion, "quantization", f"{conversion.take('quantization')}: of qlora alone")
         _ignore(conversion, "bits", "of qlora alone")
         return
     if quantization is not None and not is_open(quantization):

@@ -88,6 +88,16 @@ def test_what_is_left_out_is_what_the_original_took(tmp_path: Path) -> None:
     assert "not given; the original's default, which was 0.05 of the run in its last versions" in found.text
 
 
+def test_a_quantised_base_of_lora_is_told(tmp_path: Path) -> None:
+    found = converted(tmp_path, config("lora", quantization="4bit"))
+    assert found.draft.values["model.peft_type"] == "lora" and "model.qlora.bits" not in found.draft.values
+    assert any(
+        comment.startswith("quantization 4bit: the original's") for comment in found.draft.comments["model.peft_type"]
+    )
+    assert ("quantization", "4bit: of qlora alone") in found.draft.ignored
+    assert "quantization 4bit" not in converted(tmp_path, config("lora")).text
+
+
 def test_a_full_run_keeps_two_checkpoints_where_no_number_was_given(tmp_path: Path) -> None:
     assert keys(tmp_path, config("full", saving_limit=None))["checkpoint.save_total_limit"] == 2
     assert keys(tmp_path, config("lora", saving_limit=None))["checkpoint.save_total_limit"] is None
