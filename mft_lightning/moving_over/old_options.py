@@ -212,6 +212,7 @@ DEFAULTS: dict[str, dict[str, object]] = {
         "gradient_accumulation_steps": 1,
         "per_device_valid_batch_size": 8,
         "evaluation_strategy": "steps",
+        "valid_iters": 100,
         "valid_interval": 1000,
         "save_strategy": "steps",
         "early_stopping_patience": -1,

@@ -209,6 +209,10 @@ def _optimizer(conversion: Conversion) -> None:
     conversion.copy("weight_decay", comment=None if conversion.of_config else "")
     for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
         conversion.copy(name)
+    if conversion.of_config and not conversion.has("adam_beta2"):
+        conversion.draft.put(
+            "model.adam_beta2", 0.999, "fixed in the original: at 0.999, in its first versions at 0.95"
+        )
 
 
 def _warmup(conversion: Conversion) -> None:

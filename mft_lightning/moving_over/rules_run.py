@@ -99,12 +99,14 @@ def _limit(conversion: Conversion) -> None:
     if is_open(iters) or is_open(size):
         raise UserError(
             f"{conversion.where('valid_iters')}: times the validation batch size gives "
-            f"evaluation.max_conversations_per_task, and they are {iters} and {size}. Give both: --set NAME=VALUE"
+            f"evaluation.max_conversations_per_task, and they are {iters} and {size}. Give what is open: --set "
+            "NAME=VALUE"
         )
     conversion.draft.put(
         "evaluation.max_conversations_per_task",
         iters * size,
         f"valid_iters: {iters} batches of {size}; {OPTIONS['valid_iters'].says}",
+        conversion.default_told("valid_iters"),
     )
 
 

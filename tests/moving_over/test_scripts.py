@@ -127,6 +127,12 @@ def test_batch_sizes(
     assert tuple(found[name] for name in names) == expected
 
 
+def test_the_original_validated_on_100_batches_where_none_were_given(tmp_path: Path) -> None:
+    found = converted(tmp_path, script(without=("valid_iters",)), *VALUES)
+    assert found.draft.values["evaluation.max_conversations_per_task"] == 1000
+    assert "not given; the original's default" in found.draft.comments["evaluation.max_conversations_per_task"]
+
+
 def test_a_total_that_changed_says_what_it_was(tmp_path: Path) -> None:
     text = converted(tmp_path, script(gradient_accumulation_steps="4"), *VALUES).text
     assert "# 80 in the original: conversations of one optimizer step, accumulation included" in text

@@ -83,7 +83,9 @@ def test_what_is_left_out_is_what_the_original_took(tmp_path: Path) -> None:
         "data.seq_length": 4096,
         "seed_everything": 1234,
         "early_stopping.patience": 5,
+        "model.adam_beta2": 0.999,
     }
+    assert "fixed in the original: at 0.999, in its first versions at 0.95" in found.text
     assert {key: found.draft.values[key] for key in expected} == expected
     assert "not given; the original's default, which was 0.05 of the run in its last versions" in found.text
 
