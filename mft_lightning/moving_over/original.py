@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ from mft_lightning.moving_over.train_config import read_config, read_text
 FORMAT = (
     "Conversations were laid out otherwise (markers, line ends, punctuation), and a step's loss was another: see "
     "docs/moving_over.md."
+)
+# what a script asks of Slurm in its comments: names and values
+_SBATCH = re.compile(
+    r"^#SBATCH\s+(--nodes|-N|--ntasks-per-node|--gpus-per-node|--gpus|--gres)(?:=|\s+|(?<=-N))(\S+)", re.MULTILINE
 )
 
 
@@ -85,7 +90,7 @@ def _of_script(text: str, file: Path, values: Sequence[str], known: Mapping[str,
     if "train_config" in options:
         options, form = _of_train_config(launch, file, known), CONFIG
     conversion = Conversion(form, options, launched)
-    conversion.draft.remarks += _remarks(launch, script)
+    conversion.draft.remarks += [*_remarks(launch, script), *_of_slurm(text, launch)]
     return conversion
 
 
@@ -103,6 +108,20 @@ def _remarks(launch: Launch, script: Any) -> list[str]:
         if words[0] in (".", "source") and len(words) > 1:
             found.append(f"The script reads {words[1]}, which is not read here: what it sets is left open.")
     return found
+
+
+def _of_slurm(text: str, launch: Launch) -> list[str]:
+    """What the script asks of Slurm, where that is several nodes and no other launcher says how many."""
+    asked = _SBATCH.findall(text)
+    asked += [(f"--{name}", given.value) for name, given in launch.launched.items() if name in ("nodes", "ntasks")]
+    several = [value for name, value in asked if name in ("--nodes", "-N") and value != "1"]
+    if not several or {"nnodes", "num_nodes", "num_machines"} & launch.launched.keys():
+        return []
+    told = ", ".join(f"{name} {as_written(value)}" for name, value in asked)
+    return [
+        f"The script asks Slurm for several nodes ({told}), which is not kept here: set trainer.num_nodes, and "
+        "trainer.devices of each, as in docs/parallel.md."
+    ]
 
 
 def _of_train_config(launch: Launch, script: Path, known: Mapping[str, str]) -> dict[str, Given]:

@@ -252,6 +252,18 @@ def test_what_nothing_asks_for_is_refused(tmp_path: Path) -> None:
     assert keys(tmp_path, undecided, *VALUES, MODE="$X")
 
 
+def test_nodes_that_slurm_is_asked_for_are_told(tmp_path: Path) -> None:
+    head = "#!/bin/bash\n#SBATCH --job-name=mft\n#SBATCH --nodes=2\n#SBATCH --gres gpu:8\n"
+    launch = script().replace("python -m atorch.distributed.launch", "srun python -m atorch.distributed.launch")
+    said = "The script asks Slurm for several nodes (--nodes 2, --gres gpu:8), which is not kept here"
+    assert said in converted(tmp_path, head + launch, *VALUES).text.replace("\n# ", " ")
+    assert "Slurm" not in converted(tmp_path, head.replace("nodes=2", "nodes=1") + launch, *VALUES).text
+    short = converted(tmp_path, launch.replace("srun", "srun --nodes=2"), *VALUES)
+    assert "several nodes (--nodes 2)" in short.text
+    known = launch.replace("launch \\\n", "launch --nnodes 2 \\\n")
+    assert "Slurm" not in converted(tmp_path, head + known, *VALUES).text
+
+
 def test_no_secret_is_written(tmp_path: Path) -> None:
     text = "export HF_TOKEN=hf_secret\n" + script(hub_token="hf_secret", hub_model_id="me/model")
     found = converted(tmp_path, text, *VALUES).text
