@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,15 @@ def peft_config(directory: Path) -> Any:
     Raises:
         OSError, ValueError, TypeError, LookupError: there is none, or it is damaged.
     """
-    from peft import PeftConfig  # here for the start-up time of what needs no adapter
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig  # here for the start-up time of what needs no adapter
 
     written = dict(PeftConfig.from_json_file(str(directory / "adapter_config.json")))
+    kind = written.get("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(f"peft_type: {kind!r} is no kind of adapter that peft knows")
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    # peft warns of fields that it does not know; those of its first versions, like enable_lora: null, ask for nothing
+    written = {name: value for name, value in written.items() if name in known or value}
     written["task_type"] = TASK_TYPES.get(str(written.get("task_type")), written.get("task_type"))
     return PeftConfig.from_peft_type(**PeftConfig.check_kwargs(**written))
 
