@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, cached_file
 
@@ -21,7 +20,7 @@ from mft_lightning.model.buffers import unsaved_buffers_kept
 from mft_lightning.model.export import adapter_dtype
 from mft_lightning.model.quantized import quantized_causal_lm, settings_of
 from mft_lightning.model.saved_adapter import adapter_base, is_adapter, peft_config, saved_whole
-from mft_lightning.model.weight_files import MODEL_SHARDS, open_adapter
+from mft_lightning.model.weight_files import MODEL_SHARDS, UNREADABLE, open_adapter, why_unreadable
 from mft_lightning.model.whole_modules import make_room
 from mft_lightning.paths import given_path
 from mft_lightning.training.checkpoint_dirs import METADATA, read_metadata, verify_model
@@ -67,6 +66,11 @@ def load_model(directory: Path, key: str, *, base: str | None = None, dtype: str
     else:
         model = _pretrained(directory, f"{key} {directory}", dtype)
     tokenizer = load_tokenizer(asked, where=f"{key} {directory}")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{key} {directory}: its tokenizer has no eos token, which ends an answer. Name one of its tokens as "
+            "eos_token in its tokenizer_config.json."
+        )
     normalize = metadata is not None and metadata["chat_format"]["normalize_punctuation"]
     return LoadedModel(model.eval(), tokenizer, ChatFormat(tokenizer, normalize_punctuation=normalize))
 
@@ -102,8 +106,8 @@ def checked_metadata(directory: Path, key: str) -> dict[str, Any] | None:
 def _pretrained(path: Path | str, where: str, dtype: str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype="auto" if dtype == "auto" else getattr(torch, dtype))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{where}: cannot be loaded ({first_line(error)}).") from error
+    except UNREADABLE as error:
+        raise UserError(f"{where}: cannot be loaded ({why_unreadable(error)}).") from error
 
 
 def _with_adapter(directory: Path, key: str, base: str, where: str, metadata: dict[str, Any] | None) -> Any:
@@ -131,8 +135,8 @@ def _with_adapter(directory: Path, key: str, base: str, where: str, metadata: di
         model = PeftModel.from_pretrained(
             model, str(directory), config=peft_config(directory), autocast_adapter_dtype=False
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{key} {directory}: cannot be put on its base ({first_line(error)}).") from error
+    except (*UNREADABLE, TypeError) as error:
+        raise UserError(f"{key} {directory}: cannot be put on its base ({why_unreadable(error)}).") from error
     check_base(here, directory, metadata, where)
     return model
 

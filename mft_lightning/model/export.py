@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from mft_lightning.errors import UserError, first_line
+from mft_lightning.errors import UserError
 from mft_lightning.model.adapters import COPY, has_adapters
 from mft_lightning.model.base import base_digest
 from mft_lightning.model.config_file import add_older_names
 from mft_lightning.model.lora import describe_adapter
 from mft_lightning.model.lora_start import changes_base, over_whole_base, split_initial, with_initial
-from mft_lightning.model.weight_files import UNREADABLE, open_adapter
+from mft_lightning.model.weight_files import UNREADABLE, open_adapter, why_unreadable
 from mft_lightning.model.weights import sketch
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ def load_state(model: nn.Module, directory: Path) -> dict[str, Tensor]:
     try:
         state = _load_adapter(model, directory) if has_adapters(model) else _load_full(directory)
     except UNREADABLE as error:
-        raise UserError(f"{directory}: the weights cannot be loaded ({first_line(error)}).") from error
+        raise UserError(f"{directory}: the weights cannot be loaded ({why_unreadable(error)}).") from error
     live = model.state_dict()
     expected = trained_names(model)
     differing = sorted(state.keys() ^ expected)
@@ -254,4 +254,4 @@ def adapter_dtype(directory: Path) -> str:
         files = open_adapter(directory)
         return str(files.read(files.names()[0]).dtype).removeprefix("torch.")
     except UNREADABLE as error:
-        raise UserError(f"{directory}: its adapter cannot be read ({first_line(error)}).") from error
+        raise UserError(f"{directory}: its adapter cannot be read ({why_unreadable(error)}).") from error

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from mft_lightning.errors import NotYetError, UserError, first_line
 from mft_lightning.model.saved_adapter import peft_config
-from mft_lightning.model.weight_files import UNREADABLE, open_adapter
+from mft_lightning.model.weight_files import UNREADABLE, open_adapter, why_unreadable
 from mft_lightning.model.weights import StoredWeights, Weights, sketch
 from mft_lightning.model.whole_modules import IN_FILES, make_room
 
@@ -47,7 +47,7 @@ def read_base(path: str, dtype: torch.dtype | None, where: str) -> Weights:
             "not merged here. peft's merge_and_unload does it, with the whole model in memory."
         ) from error
     except (*UNREADABLE, StrictDataclassError) as error:
-        raise UserError(f"{where}: cannot be loaded ({first_line(error)}).") from error
+        raise UserError(f"{where}: cannot be loaded ({why_unreadable(error)}).") from error
 
 
 class MergedWeights(Weights):
@@ -78,7 +78,7 @@ class MergedWeights(Weights):
             make_room(grown := deepcopy(base.model), self._files)
             self._adapted = _adapted(grown, self._config)
         except UNREADABLE as error:
-            raise UserError(f"{where}: cannot be put on its base ({first_line(error)}).") from error
+            raise UserError(f"{where}: cannot be put on its base ({why_unreadable(error)}).") from error
         self._places = self._matched()
         self._paths = {module: name for name, module in self._adapted.named_modules()}
         super().__init__(grown, dtype)
@@ -170,7 +170,7 @@ class MergedWeights(Weights):
         try:
             return self._files.read(place)
         except UNREADABLE as error:
-            raise UserError(f"{self.where}: {place} cannot be read ({first_line(error)}).") from error
+            raise UserError(f"{self.where}: {place} cannot be read ({why_unreadable(error)}).") from error
 
     def _matched(self) -> dict[str, str]:
         """The adapter's names in its file by those of the live model, if they and the shapes are the same."""

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -16,6 +15,7 @@ from mft_lightning.data.tokenizer import contradictory
 from mft_lightning.errors import UserError, first_line
 from mft_lightning.model.attention import SDPA_BY_CONVERSATION, SLICED_MODEL_TYPES
 from mft_lightning.model.generation_file import saved_generation_config
+from mft_lightning.model.weight_files import UNREADABLE, why_unreadable
 from mft_lightning.model.weights import DrawnWeights, StoredWeights, Weights, materialise, sketch
 
 Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -79,12 +79,12 @@ def build_causal_lm(source: ModelSource) -> PreTrainedModel:
         loaded = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=source.dtype, output_loading_info=True, **model_options(source, config)
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UNREADABLE as error:
         hint = "For a model without weights set model.init: random."
         if "attention" in str(error):
             hint = "Another model.attn_implementation may do: eager."
         raise UserError(
-            f"{key}: the model in {source.path!r} cannot be loaded ({first_line(error)}). {hint}"
+            f"{key}: the model in {source.path!r} cannot be loaded ({why_unreadable(error)}). {hint}"
         ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):

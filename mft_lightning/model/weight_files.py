@@ -21,7 +21,18 @@ from transformers.utils import (
     cached_file,
 )
 
+from mft_lightning.errors import first_line
+
 UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, EOFError, SafetensorError, pickle.UnpicklingError)
+
+
+def why_unreadable(error: BaseException) -> str:
+    """What to say of weights that raised one of ``UNREADABLE``; torch's messages of files are about its own options."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "a file of its weights is damaged, or holds more than tensors and is not opened; save it as safetensors"
+    if "PytorchStreamReader" in str(error):
+        return "a file of its weights is damaged, or cut off; copy it again"
+    return first_line(error)
 
 
 MODEL_SHARDS, OPTIMIZER_SHARDS = "shards/model", "shards/optimizer"  # of a sharded checkpoint

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from mft_lightning.errors import NotYetError, UserError, first_line
+from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.adapters import in_adapter, in_base
 from mft_lightning.model.seeding import one_thread, seeded
-from mft_lightning.model.weight_files import UNREADABLE, open_weights
+from mft_lightning.model.weight_files import UNREADABLE, open_weights, why_unreadable
 
 KEY = "model.pretrained_model_path"
 
@@ -126,7 +126,7 @@ class StoredWeights(Weights):
             self._files = open_weights(path)
         except UNREADABLE as error:
             hint = " For a model without weights set model.init: random." if where is None else ""
-            raise UserError(f"{self.where}: the weights cannot be loaded ({first_line(error)}).{hint}") from error
+            raise UserError(f"{self.where}: the weights cannot be loaded ({why_unreadable(error)}).{hint}") from error
         expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self._places = {name: place for place, name in live_names(self._files.names(), model) if name in expected}
         missing = sorted(expected.keys() - self._places.keys() - model.all_tied_weights_keys.keys())
@@ -157,7 +157,7 @@ class StoredWeights(Weights):
         try:
             value = self._files.read(place)
         except UNREADABLE as error:
-            raise UserError(f"{self.where}: {place} cannot be read ({first_line(error)}).") from error
+            raise UserError(f"{self.where}: {place} cannot be read ({why_unreadable(error)}).") from error
         if not value.is_floating_point():
             return value
         value = value.to(self.dtype).contiguous()

@@ -11,9 +11,9 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from mft_lightning.errors import UserError, first_line
+from mft_lightning.errors import UserError
 from mft_lightning.model.settings import LoraSettings
-from mft_lightning.model.weight_files import UNREADABLE, TensorFiles, open_adapter
+from mft_lightning.model.weight_files import UNREADABLE, TensorFiles, open_adapter, why_unreadable
 from mft_lightning.shipped import expanded
 
 KEY = "model.lora.modules_to_save"
@@ -138,7 +138,7 @@ def find_room(
         try:
             held = rows_held(model, open_adapter(expanded(start)))
         except UNREADABLE as error:
-            raise UserError(f"model.lora.start_from: {start}: cannot be read ({first_line(error)}).") from error
+            raise UserError(f"model.lora.start_from: {start}: cannot be read ({why_unreadable(error)}).") from error
     rows = max(held, default=count_rows(model))
     if start is not None and rows < tokens:
         raise UserError(

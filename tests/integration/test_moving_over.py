@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
 from mft_lightning.cli import main
@@ -312,6 +313,36 @@ def test_a_full_checkpoint_of_mft_atorch_is_a_base(tmp_path: Path, base: Path, a
     ours = weights(tmp_path / "out" / "step-00000001")
     assert all(torch.allclose(ours[name], state[name].float(), atol=1e-6) for name in ours)
     assert len(ours) > 20 and all(name in state for name in ours)
+
+
+@pytest.mark.parametrize("kind", ["more than tensors", "cut off", "no eos", "unknown adapter"])
+def test_what_cannot_be_asked_is_told_in_one_message(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    model, words = shutil.copytree(base, tmp_path / "model"), []
+    if kind == "no eos":
+        settings = json.loads((model / "tokenizer_config.json").read_text())
+        (model / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    elif kind == "unknown adapter":
+        (model / "adapter_config.json").write_text('{"peft_type": "ROEM", "enable_lora": null}')
+        save_file({"a.lora_A.weight": torch.ones(1)}, model / "adapter_model.safetensors")
+        words = ["--base", str(base)]
+    else:
+        state = load_file(model / "model.safetensors")
+        (model / "model.safetensors").unlink()
+        torch.save({**state, "settings": argparse.Namespace()}, model / "pytorch_model.bin")
+        if kind == "cut off":
+            file = model / "pytorch_model.bin"
+            file.write_bytes(file.read_bytes()[:-1000])
+    expected = {
+        "more than tensors": "cannot be loaded (a file of its weights is damaged, or holds more than tensors and is",
+        "cut off": "cannot be loaded (a file of its weights is damaged, or",
+        "no eos": "its tokenizer has no eos token, which ends an answer. Name one of its tokens as eos_token",
+        "unknown adapter": "(peft_type: 'ROEM' is no kind of adapter that peft knows)",
+    }
+    assert main(["generate", "--model", str(model), "--prompt", "a", *words]) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"error: --model {model}: ") and expected[kind] in message
 
 
 # ---------------------------------------------------------------- data
