@@ -125,7 +125,11 @@ class ChatEncoder:
         """
         if conversation.text is not None:
             if not self.pretrain:
-                raise BadRecord("text-in-sft", "text: has no bot turn to learn from; set data.tokenize_mode: pretrain")
+                raise BadRecord(
+                    "text-in-sft",
+                    "text: has no bot turn to learn from; set data.tokenize_mode: pretrain, or, of an Alpaca file with "
+                    "a text beside its instructions, give what convert-data makes of it",
+                )
             yield Segment(self.content(conversation.text), answer=True)
             return
         stretch = ""

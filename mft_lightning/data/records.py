@@ -22,6 +22,7 @@ ROLE_ALIASES: dict[str, Role] = {
 }
 CALLS = ("tools", "functions", "tool_calls", "function_call", "tool_call_id")  # what turns of words do not say
 ELSEWHERE = {"instruction": "Alpaca", "conversations": "ShareGPT"}  # forms of other programs, by a field of theirs
+ANSWERS = ("response", "completion", "output", "chosen")  # what other programs call an answer
 _SHORT = Repr()  # a value of the record in a message: it may be as long as a line
 _SHORT.maxstring = 60
 _STRANGE = {"\0": "a NUL, as in UTF-16,", "\ufeff": "a BOM (byte order mark)"}  # where JSON would have a value
@@ -120,6 +121,8 @@ def _named_turns(record: dict[str, Any], *, answered: bool) -> list[tuple[str, T
             fields = {"system": "system", **fields}
         if not answered and record.get("answer") is None:
             del fields["answer"]
+        elif "answer" not in record and (named := [name for name in ANSWERS if name in record]):
+            raise BadRecord("missing-content", f"answer: is missing; {named[0]} is called answer here: rename it")
         return _checked_order([(field, Turn(role, _text(record, field))) for field, role in fields.items()])
     if "text" in record:
         return None
@@ -136,7 +139,9 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     """
     if len(raw) > MAX_LINE:
         raise BadRecord("line-too-long", f"is longer than {MAX_LINE >> 20} MiB")
-    hint = "; it looks like a JSON array: write one object per line" if raw.startswith(b"[") else ""
+    hint = (
+        "; it looks like a JSON array: write one object per line, as convert-data does" if raw.startswith(b"[") else ""
+    )
     try:
         record = _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as error:

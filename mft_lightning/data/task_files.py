@@ -64,7 +64,8 @@ def find_files(task: Task) -> TaskFiles:
         files[plain] = path
     if not files:
         found = ", ".join(names[:5]) or "nothing"
-        raise UserError(f"{task.key}: no *.jsonl file in {task.directory} (it holds {found}).")
+        hint = " convert-data makes such files of JSON arrays and of other programs' data." if unread else ""
+        raise UserError(f"{task.key}: no *.jsonl file in {task.directory} (it holds {found}).{hint}")
     return TaskFiles(list(files.values()), unread)
 
 

@@ -309,7 +309,7 @@ def test_plain_text_is_the_tokenizers_ids_and_eos_in_pretrain(tokenizer: PreTrai
 
 
 def test_plain_text_is_refused_in_sft(small_tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(BadRecord, match=r"text: .*tokenize_mode: pretrain") as caught:
+    with pytest.raises(BadRecord, match=r"text: .*tokenize_mode: pretrain, or, .*convert-data") as caught:
         encoded(small_tokenizer, Conversation(text="a"))
     assert caught.value.reason == "text-in-sft"
 

@@ -58,7 +58,7 @@ def test_a_task_directory_without_jsonl_is_an_error_that_says_what_it_holds(tmp_
     assert f"no *.jsonl file in {tmp_path} (it holds nothing)" in not_listed(tmp_path)
     (tmp_path / "train.json").touch()
     (tmp_path / "._a.jsonl").touch()
-    assert "(it holds ._a.jsonl, train.json)" in not_listed(tmp_path)
+    assert "(it holds ._a.jsonl, train.json). convert-data makes such files of JSON arrays" in not_listed(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
