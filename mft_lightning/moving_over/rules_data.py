@@ -83,7 +83,11 @@ def _split_comment(conversion: Conversion, *, plain: bool) -> str:
 def _modes(conversion: Conversion) -> None:
     train = conversion.take("train_mode", "sft")
     if not (train == "sft" or is_open(train)):
-        raise UserError(f"{conversion.where('train_mode')}: {train} is not trained here; sft is. Mend it.")
+        how = "Leave it out, and give tokenize_mode pretrain, with load_raw_dataset and directories of JSONL files."
+        raise UserError(
+            f"{conversion.where('train_mode')}: {train} is not trained here; sft is. "
+            f"{how if train == 'sst' else 'Mend it.'}"
+        )
     mode = conversion.known("tokenize_mode")
     if mode not in MODES:
         raise UserError(
