@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
+from itertools import takewhile
 
 from jsonargparse import ArgumentParser
 
 from mft_lightning.aside import written_aside
-from mft_lightning.errors import UserError, first_line
+from mft_lightning.errors import UserError, first_line, nearest
 from mft_lightning.key_errors import parse
 from mft_lightning.moving_over.original import convert
 from mft_lightning.paths import given_file, given_path
@@ -32,6 +34,7 @@ def convert_config(argv: list[str]) -> None:
     parser.add_argument(
         "--set", dest="known", action="append", default=[], metavar="NAME=VALUE", help="A variable that is left open."
     )
+    _check_options(argv, parser)
     options = parse(parser, argv)
     known = {}
     for setting in options.known:
@@ -53,3 +56,18 @@ def convert_config(argv: list[str]) -> None:
         print(f"written: {output}")
     for name, keys in converted.draft.left_open().items():
         print(f"note: {name} is left open: {', '.join(keys)} needs it.", file=sys.stderr)
+
+
+def _check_options(argv: Sequence[str], parser: ArgumentParser) -> None:
+    """Refuse an option that is none of this command's: it may be one to hand on to the script.
+
+    Raises:
+        UserError: there is one before ``--``.
+    """
+    known = parser._option_string_actions
+    for word in takewhile(lambda word: word != "--", argv):
+        if word.startswith("--") and (name := word.partition("=")[0]) not in known:
+            raise UserError(
+                f"{name}: convert-config has no such option.{nearest(name, known)} What a script takes as its "
+                f"values stands after --, as in: convert-config run.sh -- {word}"
+            )

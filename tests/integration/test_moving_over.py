@@ -166,6 +166,8 @@ def test_yaml_goes_to_standard_output_and_what_is_open_to_standard_error(
         (["a.json", "--output", "there.yaml"], "there.yaml: is there already. Give a new file, or --overwrite."),
         (["a.json", "--output", "."], "is a directory"),
         (["a.json", "--set", "A"], "--set A: is not NAME=VALUE."),
+        (["a.json", "--outptu", "x"], "--outptu: convert-config has no such option. The nearest is --output."),
+        (["a.sh", "--seed=7"], "stands after --, as in: convert-config run.sh -- --seed=7"),
         (["refused.json", "--output", "new.yaml"], "refused.json: xxpo: is of preference alignment"),
         ([], "config"),
     ],
