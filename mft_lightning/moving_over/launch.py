@@ -48,7 +48,7 @@ def find_launch(script: Script) -> Launch:
     found = [launch for command in script.commands if (launch := _launch(command, file)) is not None]
     if not found:
         seen = ", ".join(dict.fromkeys(f"{as_written(c.words[0][0])} ({c.line})" for c in script.commands)) or "nothing"
-        ended = " It comes to an exit before." if script.ended else ""
+        ended = _ended(script) if script.ended else ""
         raise UserError(
             f"{file}: starts no training of the original: no program with --data_paths or --train_config.{ended} "
             f"It starts {seen}. Give the script that does."
@@ -57,6 +57,15 @@ def find_launch(script: Script) -> Launch:
         lines = " and ".join(str(launch.line) for launch in found)
         raise UserError(f"{file}: starts several trainings, in the lines {lines}. Leave one in.")
     return found[0]
+
+
+def _ended(script: Script) -> str:
+    """What to say of the exit that a script came to."""
+    told = f" It comes to the exit in line {script.ended} before"
+    if unset := [name for name, value in script.variables.defaulted.items() if not value]:
+        return f"{told}, where {', '.join(unset)} {'is' if len(unset) == 1 else 'are'} not given: --set NAME=VALUE."
+    given = len(script.variables.positional)
+    return f"{told}, where {given or 'none'} of its values {'is' if given == 1 else 'are'} given."
 
 
 def _launch(command: Command, file: str) -> Launch | None:

@@ -36,13 +36,13 @@ class Script:
         variables: that it has set.
         commands: that it would start, but for those that set something.
         exported: the names of variables that it gives to all that it starts; values may be secrets.
-        ended: whether it came to an ``exit``.
+        ended: the line of the ``exit`` that it came to; 0 where it came to none.
     """
 
     variables: Variables
     commands: list[Command] = field(default_factory=list)
     exported: list[str] = field(default_factory=list)
-    ended: bool = False
+    ended: int = 0
 
     def carry_out(self, words: list[Word], again: Callable[[str, int], None]) -> bool | None:
         """Do what a simple command does to the script, or keep the command.
@@ -87,7 +87,7 @@ class Script:
         if (first := fields[0][0]) in known:
             return known[first]
         if first == "exit":
-            self.ended = True
+            self.ended = fields[0][1]
             return None
         if first == "shift":
             number = int(fields[1][0]) if len(fields) > 1 and fields[1][0].isdecimal() else 1

@@ -285,7 +285,10 @@ def test_a_default_of_the_script_is_taken_and_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
-        ({"train_mode": "sst"}, ":31: --train_mode: sst is not trained here; sft is."),
+        (
+            {"train_mode": "sst"},
+            ":31: --train_mode: sst is not trained here; sft is. Leave it out, and give tokenize_mode pretrain",
+        ),
         ({"tokenize_mode": "coh"}, "--tokenize_mode: 'coh' is not done here"),
         ({"padding_mode": "concat"}, "--padding_mode: concat cuts a stream"),
         ({"padding_mode": "rows"}, "'rows' is none of padding, pack, concat"),
@@ -336,7 +339,13 @@ def test_what_cannot_be_kept_is_refused_with_its_line(tmp_path: Path, changed: d
         (script("--bf16 $EXTRA"), VALUES, "$EXTRA is left open, and may hold options. Give what it holds, or nothing:"),
         (script("--bf16", '"${EXTRA[@]}"'), VALUES, "nothing: --set EXTRA= on"),
         (script("extra"), VALUES, "'extra' stands where an option of the program must"),
-        ("exit 0\n" + script(), VALUES, "It comes to an exit before."),
+        ("exit 0\n" + script(), VALUES, "It comes to the exit in line 1 before, where 4 of its values are given."),
+        (
+            '[ -z "${OUT:-}" ] && { echo "OUT unset"; exit 1; }\n' + script(),
+            VALUES,
+            "It comes to the exit in line 1 before, where OUT is not given: --set NAME=VALUE.",
+        ),
+        ("if [ $# -lt 4 ]; then\n exit 1; fi\n" + script(), (), "exit in line 2 before, where none of its values are"),
         (script().replace("$(nvidia-smi -L | wc -l)", "4"), VALUES, "tp 1 x dp 8 is 8, but the launcher starts 4"),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_condition_that_is_not_known_may_decide_nothing_that_matters() -> None
 
 def test_commands_know_their_line_and_what_follows_an_exit_is_not_read() -> None:
     script = read_script("\ntold \\\n a\nexit 0\ntold b\n", "run.sh", (), {})
-    assert script.ended and [command.line for command in script.commands] == [2]
+    assert script.ended == 4 and [command.line for command in script.commands] == [2]
     assert [line for _, line in script.commands[0].words] == [2, 3]
 
 
