@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from mft_lightning.errors import UserError, nearest
+from mft_lightning.moving_over.ignored_options import LAUNCHERS_OWN
 from mft_lightning.moving_over.old_options import OPTIONS
 from mft_lightning.moving_over.old_values import Given
 from mft_lightning.moving_over.shell_commands import Command, Script
@@ -154,9 +155,10 @@ def _whole_name(name: str, where: str) -> str:
     """
     if name in OPTIONS:
         return name
-    longer = [known for known in OPTIONS if known.startswith(name)]
+    own = [known for known in OPTIONS if known not in LAUNCHERS_OWN]
+    longer = [known for known in own if known.startswith(name)]
     if len(longer) == 1:
         return longer[0]
     if longer:
         raise UserError(f"{where}: is short for several options: {', '.join(longer)}. Write it out.")
-    raise UserError(f"{where}: the original has no such option.{nearest(name, OPTIONS, 0.75)}")
+    raise UserError(f"{where}: the original has no such option.{nearest(name, own, 0.75)}")
