@@ -26,7 +26,11 @@ def convert_run(conversion: Conversion) -> None:
         if conversion.has("num_train_epochs"):
             draft.ignored.append(("num_train_epochs", f"{name} is given, which came first"))
     else:
-        conversion.copy("num_train_epochs")
+        epochs = conversion.copy("num_train_epochs")
+        if isinstance(epochs, int) and epochs < 1:
+            raise UserError(
+                f"{conversion.where('num_train_epochs')}: {epochs} trains nothing. Give epochs, or max_steps."
+            )
     conversion.copy("log_interval", comment=_step_comment(conversion, "log_interval"))
     _clipping(conversion)
     _validations(conversion)

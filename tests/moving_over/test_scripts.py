@@ -319,6 +319,8 @@ def test_a_default_of_the_script_is_taken_and_told(tmp_path: Path) -> None:
         ({"fp16": "", "bf16": "false"}, "--fp16: fp16 scales losses"),
         ({"peft_type": "qlora", "tp": "2", "dp": "4"}, "--tp: is 2, and quantised weights cannot be shared out."),
         ({"valid_iters": "0"}, "--valid_iters: 0 validates on nothing."),
+        ({"deepspeed": "ds.json"}, "--deepspeed: the original has no such option."),
+        ({"num_train_epochs": "-1"}, "--num_train_epochs: -1 trains nothing. Give epochs, or max_steps."),
         ({"pa": "1"}, "--pa: is short for several options: padding_mode, pad"),
     ],
 )
