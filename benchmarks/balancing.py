@@ -1,6 +1,6 @@
 """The quickstart's tasks under every weighting, with one budget of optimizer steps: what each task comes to.
 
-    python benchmarks/balancing.py [--steps 150] [--seeds 1 2 3] [--at_once 2] [--output DIR]
+    python benchmarks/balancing.py [--steps 150] [--seeds 1 2 3] [--modes case3 famo] [--output DIR]
 
 Prints a table: validation loss of each task, their mean, and the worst task, each as mean and standard deviation over
 the seeds; and how far the mean and the worst are from those of case3 with the same seed. ``balancing.csv`` has every
@@ -91,18 +91,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="case3 among them")
     parser.add_argument("--at_once", type=int, default=2, help="runs side by side")
-    parser.add_argument("--output", type=Path, default=Path("balancing"))
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "balancing", help="a new directory")
     given = parser.parse_args()
+    if "case3" not in given.modes:
+        parser.error("--modes: case3, with which the others are compared, is not among them")
     directory = given.output.absolute()
+    if directory.exists():
+        parser.error(f"--output: {directory} is there already")
     directory.mkdir(parents=True)
-    jobs = [(mode, seed) for seed in given.seeds for mode in MODES]
+    jobs = [(mode, seed) for seed in given.seeds for mode in given.modes]
     with ThreadPoolExecutor(given.at_once) as pool:
         results = pool.map(lambda job: run(*job, given.steps, directory), jobs)
     curves: dict[str, list[Curves]] = defaultdict(list)
     for (mode, _), found in zip(jobs, results, strict=True):
         curves[mode].append(found)
-    curves = {mode: curves[mode] for mode in MODES}
+    curves = {mode: curves[mode] for mode in given.modes}
     print_table({mode: [summary(one) for one in runs] for mode, runs in curves.items()})
     with (directory / "balancing.csv").open("w", newline="") as handle:
         writer = csv.writer(handle)

@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import threading
 import time
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -101,7 +102,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             clock, size, weights = measure([*words, *more, *rank], Path(directory) / kind)
         stall, copy, write = (median(values) for values in (clock.stalls, clock.copies, clock.writes))
-        alone, beside = (median(clock.steps[which]) for which in (False, True))
+        alone, beside = (median(clock.steps[which] or [nan]) for which in (False, True))  # of none where all is quick
         rows.append(
             f"{kind:8}  {stall:7.3f}  {copy:9.3f}  {write:7.2f}  {alone:6.2f}  {beside:12.2f}  {size / 1e6:13.1f}  "
             f"{weights / 1e6:10.1f}  {size / weights:5.2f}"

@@ -2,9 +2,9 @@
 
     python benchmarks/quickstart_shuffled.py
 
-Everything else is as in ``configs/quickstart.yaml``. What a model can then learn is how answers look, not which answer
-belongs to a prompt: the losses still fall far, exact match on held-out prompts stays near 0. docs/quickstart.md records
-the figures.
+Everything else is as in ``configs/quickstart.yaml``; words of the command line are handed on to ``fit``. What a model
+can then learn is how answers look, not which answer belongs to a prompt: the losses still fall far, exact match on
+held-out prompts stays near 0. docs/quickstart.md records the figures.
 """
 
 import json
@@ -42,7 +42,7 @@ def main() -> None:
             shuffle_answers(EXAMPLES / task, Path(directory) / task)
         paths = ",".join(str(Path(directory) / task) for task in tasks)
         command = [sys.executable, "-m", "mft_lightning", "fit", "--config", "configs/quickstart.yaml"]
-        command += ["--data.data_paths", f"[{paths}]", "--output_dir", str(Path(directory) / "run")]
+        command += ["--data.data_paths", f"[{paths}]", "--output_dir", str(Path(directory) / "run"), *sys.argv[1:]]
         subprocess.run(command, cwd=ROOT, check=True)
 
 

@@ -1,6 +1,6 @@
 """How much memory a rank needs while a sharded run saves a checkpoint, beside the bytes that the checkpoint holds.
 
-    python benchmarks/saving_memory.py [--hidden 1024] [--layers 16] [--vocabulary 8192] [--ranks 2]
+    python benchmarks/saving_memory.py [--hidden 1024] [--layers 16] [--vocabulary 8192] [--ranks 2] [--forms full]
 
 A random GPT-NeoX of that shape is trained for two steps under FSDP2 on so many CPU processes, once for each form of a
 checkpoint, and saved after each. Prints for every rank how far its private memory rises above what it was before the
@@ -86,9 +86,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     options = parser.parse_args()
     print("form     rank  waiting MiB  peak MiB  whole MiB  its part MiB")
-    for form, sharded in FORMS.items():
+    for form in options.forms:
         with tempfile.TemporaryDirectory() as temporary:
             directory = Path(temporary)
             write(directory / "model", options.hidden, options.layers, options.vocabulary)
@@ -97,7 +98,7 @@ def main() -> None:
             words += ["--data.seq_length=512", "--data.num_workers=0", "--evaluation.strategy=none"]
             words += ["--data.per_device_train_batch_size=1", f"--data.total_train_batch_size={options.ranks}"]
             words += [f"--trainer.devices={options.ranks}", "--checkpoint.checkpointing_steps=1"]
-            words += [f"--checkpoint.sharded={sharded}"]
+            words += [f"--checkpoint.sharded={FORMS[form]}"]
             for rank, one in enumerate(run(options.ranks, words, directory)):
                 waiting, peak, whole = (one[name] / MIB for name in ("waiting", "peak", "all"))
                 row = f"{form:7}  {rank:4}  {waiting:11.0f}  {peak:8.0f}  {whole:9.0f}  {whole / options.ranks:12.0f}"

@@ -1,33 +1,30 @@
-"""Every command that a page of docs/ shows runs, or is of a kind that another test runs; README.md has its own test.
+"""Every command that README.md and the pages of docs/ show is run here or by another test, but for those of NOT_RUN.
 
-Pages say CHECKPOINT, DIR and the like for what a user has; here a small run stands for them.
+What blocks of README.md show is run by test_readme.py. Pages say CHECKPOINT, DIR and the like for what a user has; here
+a small run stands for them.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gzip
-import importlib
-import inspect
 import io
 import json
 import re
 import runpy
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mft_lightning.cli import main
 from tests.conftest import ROOT
+from tests.examples.elsewhere import run_elsewhere
+from tests.examples.shown import Unknown, commands
+from tests.examples.small_benchmarks import SMALL, is_parsed, run_small
 from tests.moving_over.launches import config, script
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-PROGRAMS = ("python", "torchrun", "srun", "sbatch", "pip", "tensorboard", "mkdocs", "curl", "vllm", "lm_eval")
 QUICK = (
     *("--trainer.max_steps", "1", "--data.num_workers", "0", "--data.total_train_batch_size", "8"),
     *("--evaluation.max_conversations_per_task", "1", "--evaluation.exact_match_per_task", "null"),
@@ -43,36 +40,18 @@ HERE = {
     "cuda": "cpu",
     "checkpoints/tutorial-merged": "checkpoints/full/step-00000001",
 }
-# What needs several devices, a cluster, or minutes -> the test that runs such, and what it has of the command.
-ELSEWHERE = {
-    r"^(\S+ )*torchrun .*": ("tests/integration/test_ranks.py", "torch.distributed.run"),
-    r"^srun .*": ("tests/integration/test_slurm.py", "srun"),
-    r".*DeepSpeedStrategy.*": ("tests/integration/test_class_paths.py", "DeepSpeedStrategy"),
-    r".*-m mft_lightning consolidate .*": ("tests/integration/test_sharded_checkpoints.py", '"consolidate"'),
-    r".*fit --config configs/(ddp|fsdp)\.yaml$": ("README.md", "fsdp.yaml"),
-    r".*fit --config configs/quickstart\.yaml$": ("tests/examples/test_readme.py", "quickstart.yaml"),
-    r".*--config own\.yaml$": ("tests/integration/test_own_classes.py", '"own.yaml"'),
-    r"^tensorboard --.*": ("tests/examples/test_readme.py", "tensorboard.main"),
-    r"^python tests/integration/kills\.py .*": ("tests/integration/test_kills.py", "kills"),
-    r"^python -m pytest .*": ("tests/integration/test_role_tokens.py", "def test_"),
+# What no test runs -> why. docs/code.md says the same.
+NOT_RUN = {
+    r"(curl|vllm|text-generation-launcher|lm_eval|python llama\.cpp/\S+) ": "a program of others",
+    r"(\S+/bin/)?pip install |python -m venv ": "an installation; the extras and files that it names are there",
+    r"mkdocs serve$": "an installation; .ci/run builds the site",
+    r"python -m mft_lightning .*DeepSpeedStrategy": "wants CUDA GPUs; test_class_paths.py has the strategy on CPUs",
+    r"python benchmarks/compiled_layers\.py ": "compiles for half a minute; its command line is parsed",
+    r"python benchmarks/launch\.py$": "launches four programs from nothing; its command line is parsed",
 }
-# Other people's programs, whose own pages say how they are called.
-OTHERS = (r"^curl .*", r"^vllm .*", r"^python llama\.cpp/.*", r"^pip install (wandb|mlflow-skinny .*)$")
-
-
-def commands(text: str) -> Iterator[str]:
-    """Those in blocks and within sentences, continued lines joined, comments and brackets of what is optional gone."""
-    blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    blocks += re.findall(r"(?<=\n\n)((?: {4}[^\n]*\n)+)", text)
-    within = [" ".join(found.split()) for found in re.findall(r"`([^`]+)`", re.sub(r"(?ms)^```.*?^```$", "", text))]
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    for line in [*lines, *within]:
-        if re.match(rf"({'|'.join(PROGRAMS)}) \S", line) and not re.fullmatch("python -m( mft_lightning)?", line):
-            yield re.sub(r"\[(--[^\]]*)\]", r"\1", re.sub(r" +(# .*)?", " ", line)).strip()
-
-
-FOUND = {page.stem: list(commands(page.read_text(encoding="utf-8"))) for page in PAGES}
-TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+PAGES = {page.stem: page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md"))}
+README = re.sub(r"(?ms)^```bash\n.*?^```$", "", (ROOT / "README.md").read_text(encoding="utf-8"))
+FOUND = {page: list(commands(text)) for page, text in {**PAGES, "README": README}.items()}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +68,7 @@ def project(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(["fit", "--config", "full.yaml", *QUICK, *hub]) == 0
         start = ("--model.pretrained_model_path", HERE["BASE"], "--model.init", "pretrained")
         assert main(["fit", "--config", "lora.yaml", *QUICK, *start, "--model.lora.r", "4"]) == 0
-        (tutorial,) = re.findall(r"^```yaml\n(.*?)^```$", TUTORIAL, re.MULTILINE | re.DOTALL)
+        (tutorial,) = re.findall(r"^```yaml\n(.*?)^```$", PAGES["tutorial"], re.MULTILINE | re.DOTALL)
         Path("tutorial.yaml").write_text(tutorial.replace("EleutherAI/pythia-70m", HERE["BASE"]))
         published(Path("downloads"))
         Path("FILE.jsonl").write_text('{"prompt": "1 + 1?"}\n')
@@ -118,45 +97,51 @@ def published(downloads: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page, lines in FOUND.items() if lines])
-def test_the_commands_of_a_page(page: str, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(project)
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))  # as that of a script's own directory
+def test_the_commands_of_a_page(
+    page: str,
+    project: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     for number, line in enumerate(FOUND[page]):
-        if any(re.match(other, line) for other in OTHERS):
-            continue
-        if found := next((test for pattern, test in ELSEWHERE.items() if re.match(pattern, line)), None):
-            assert found[1] in (ROOT / found[0]).read_text()
-        elif match := re.match(r"^python (?:-m )?benchmarks[/.](\w+)(?:\.py)?(.*)", line):
-            is_parsed(match[1], [word for word in match[2].split() if word != "…"])
-        elif "pip install" in line or line.startswith("mkdocs"):
+        monkeypatch.chdir(project)
+        new, elsewhere = tmp_path / str(number), run_elsewhere(line)
+        not_run = any(re.match(pattern, line) for pattern in NOT_RUN)
+        if benchmark := re.match(r"python (?:-m )?benchmarks[/.](\w+)(?:\.py)?(.*)", line):
+            module, words = benchmark[1], [word for word in benchmark[2].split() if word != "…"]
+            if elsewhere or not_run:
+                is_parsed(module, words)
+            else:
+                monkeypatch.chdir(ROOT)  # as its page says
+                run_small(module, words, tiny_model, new, capfd)
+        elif not_run:
             installs_what_there_is(line)
         elif match := re.match(r"^python (examples/\S+\.py) (.*)", line):
             runpy.run_path(str(ROOT / match[1]))["main"](*match[2].split())
-        else:
+        elif line.startswith("python -m pytest "):
+            assert all((ROOT / file).is_file() for file in line.split()[3:])
+        elif not elsewhere:
             assert line.startswith("python -m mft_lightning "), f"docs/{page}.md: no test runs {line}"
             monkeypatch.setattr("sys.stdin", io.StringIO())
-            runs(shlex.split(line)[3:], tmp_path / str(number))
+            runs(shlex.split(line)[3:], new)
 
 
-class Parsed(Exception):
-    """A benchmark has read its command line."""
+def test_no_benchmark_is_small_for_nothing() -> None:
+    shown = " ".join(line for lines in FOUND.values() for line in lines)
+    assert [name for name in SMALL if not re.search(rf"benchmarks[/.]{name}\b", shown)] == []
 
 
-def is_parsed(module: str, words: list[str]) -> None:
-    found = importlib.import_module(f"benchmarks.{module}")
-    read = argparse.ArgumentParser.parse_known_args  # which parse_args calls too
-
-    def end(parser: argparse.ArgumentParser, *given: Any) -> None:
-        _, unknown = read(parser, words)
-        assert not unknown
-        raise Parsed
-
-    if "_parser(" not in (source := inspect.getsource(found)) and "ArgumentParser(" not in source:
-        assert not words
-        return
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
-        patch.setattr(argparse.ArgumentParser, "parse_known_args", end)
-        found.main()
+def test_commands_are_found_wherever_they_stand() -> None:
+    text = (
+        "```bash\nprintf 'a' | python -m b  # why\ncurl \\\n  -O c\n```\n\n    python d [--e]\n        [--f]\n\n"
+        "Say `pip  install\ng`, or `python`.\n\n```text\nlm_eval h\nsaid\n```\n\n```bash\nmkdir i && x/bin/pip j\n```\n"
+    )
+    found = ["python -m b", "curl -O c", "x/bin/pip j", "lm_eval h", "python d --e --f", "pip install g"]
+    assert list(commands(text)) == found
+    with pytest.raises(Unknown, match="gcc k"):
+        list(commands("```bash\ngcc k\n```\n"))
 
 
 def installs_what_there_is(line: str) -> None:

@@ -95,6 +95,13 @@ def test_it_starts_its_own_ranks_and_measures_with_them(arguments: Callable[...,
     assert everything(tmp_path / "run") == before
 
 
+def test_it_starts_the_ranks_of_a_sharded_run(fit_arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    few = ("--trainer.max_steps", "2", "--evaluation.strategy", "none")
+    done = run(OWN, ["fit", *fit_arguments(tmp_path / "run", *few, config="fsdp.yaml")])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 x cpu, fsdp" in done.stdout and checkpoints(tmp_path / "run") == ["step-00000002"]
+
+
 def test_another_rank_fails(arguments: Callable[..., list[str]]) -> None:
     done = run(OWN, arguments(*fault("kill", 1)))
     assert done.returncode == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
@@ -15,12 +16,7 @@ from tests.integration.conftest import ROOT, checkpoints, user_environment
 from tests.integration.slurm import slurm  # noqa: F401  # a fixture
 
 SOON = 120.0  # seconds that a job may take on a machine that does other things too
-SCRIPT = """\
-#!/bin/bash
-#SBATCH --nodes {nodes} --ntasks-per-node {tasks}
-srun {command}
-exit $?
-"""
+SCRIPT = "srun {command}\nexit $?\n"
 Submit = Callable[..., "Job"]
 
 
@@ -33,13 +29,17 @@ class Job:
         nodes: how many.
         tasks: on each.
         words: of the program's command line.
+        script: what it runs, with ``{command}`` for the program.
     """
 
-    def __init__(self, environment: dict[str, str], directory: Path, nodes: int, tasks: int, words: list[str]) -> None:
+    def __init__(
+        self, environment: dict[str, str], directory: Path, nodes: int, tasks: int, words: list[str], script: str
+    ) -> None:
         self.environment, self.output = {**user_environment(), **environment}, directory / "printed"
         command = shlex.join([sys.executable, "-m", "mft_lightning", *words])
-        (directory / "job.sh").write_text(SCRIPT.format(nodes=nodes, tasks=tasks, command=command))
-        own = ("--parsable", "--chdir", str(ROOT), "--output", str(self.output), "--open-mode", "truncate")
+        (directory / "job.sh").write_text("#!/bin/bash\n" + script.replace("{command}", command))
+        own = ("--parsable", "--chdir", str(ROOT), "--output", str(self.output))
+        own += ("--nodes", str(nodes), "--ntasks-per-node", str(tasks))
         self.id = self.say("sbatch", *own, str(directory / "job.sh")).strip()
 
     def say(self, *command: str) -> str:
@@ -52,6 +52,9 @@ class Job:
 
     def wait_for(self, text: str) -> None:
         self._until(lambda: text in self.printed())
+
+    def wait_for_state(self, state: str) -> None:
+        self._until(lambda: self.say("squeue", "-h", "-o", "%T", "-j", self.id).strip() == state)
 
     def ended(self) -> tuple[str, str]:
         """How: its state and ``exit code:signal``."""
@@ -67,36 +70,49 @@ class Job:
             time.sleep(0.2)
 
 
+def documented(page: str, config: str) -> str:
+    """The script of a page that trains by a config, as :class:`Job` takes it."""
+    blocks = re.findall(r"^```bash\n(#SBATCH .*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+    program = f"python -m mft_lightning fit --config configs/{config}"
+    (script,) = [block for block in blocks if program in block]
+    return script.replace(program, "{command}")
+
+
 @pytest.fixture
 def submit(slurm: dict[str, str], fit_arguments: Callable[..., list[str]], tmp_path: Path) -> Submit:  # noqa: F811
     """``fit`` on so many nodes, with so many tasks on each."""
 
-    def start(nodes: int, tasks: int, *words: str) -> Job:
+    def start(nodes: int, tasks: int, *words: str, config: str = "ddp.yaml", script: str = SCRIPT) -> Job:
         few = ("--evaluation.at_start", "false", "--evaluation.steps", "1000", "--trainer.devices", "auto")
-        arguments = fit_arguments(tmp_path / "run", *few, *words, config="ddp.yaml")
-        return Job(slurm, tmp_path, nodes, tasks, ["fit", *arguments])
+        arguments = fit_arguments(tmp_path / "run", *few, *words, config=config)
+        return Job(slurm, tmp_path, nodes, tasks, ["fit", *arguments], script)
 
     return start
 
 
-def test_a_signal_ends_the_tasks_of_two_nodes_in_order_and_the_run_goes_on(submit: Submit, tmp_path: Path) -> None:
-    """As two tasks of one node."""
+def test_a_job_that_slurm_signals_is_requeued_and_goes_on(submit: Submit, tmp_path: Path) -> None:
+    """By the page's script; and then as two tasks of one node."""
     forever = ("--trainer.max_steps", "100000", "--checkpoint.checkpointing_steps", "100000")
-    job = submit(2, 1, *forever)
+    script = documented("checkpoints.md", "lora.yaml")
+    job = submit(2, 1, *forever, config="lora.yaml", script=script)
     job.wait_for("step 4/")
     job.say("scancel", "--signal=USR1", job.id)
-    assert job.ended() == ("FAILED", "138:0"), job.printed()
+    job.wait_for_state("PENDING")
     assert "1 x cpu on each of 2 nodes, ddp" in job.printed() and "stopped by SIGUSR1" in job.printed()
     (last,) = checkpoints(tmp_path / "run")
     step = int(last.removeprefix("step-"))
-    again = submit(1, 2, "--trainer.max_steps", str(step + 2), "--ckpt_path", "last")
+    job.say("scontrol", "update", f"JobId={job.id}", "StartTime=now")  # SLURM lets it wait for two minutes
+    job.wait_for(f"going on from {last}")
+    job.say("scancel", job.id)
+    again = submit(1, 2, "--trainer.max_steps", str(step + 2), "--ckpt_path", "last", config="lora.yaml")
     assert again.ended() == ("COMPLETED", "0:0"), again.printed()
     assert "2 x cpu, ddp" in again.printed() and f"going on from {last}" in again.printed()
     assert again.printed().count(f"trained to step {step + 2}") == 1
 
 
 def test_bad_input_is_told_once_and_ends_the_tasks_of_both_nodes(submit: Submit, tmp_path: Path) -> None:
-    job = submit(2, 1, "--data.seq_length", "7")
+    script = documented("parallel.md", "multi-node.yaml")
+    job = submit(2, 1, "--data.seq_length", "7", config="multi-node.yaml", script=script)
     assert job.ended() == ("FAILED", "1:0")
     (message,) = [line for line in job.printed().splitlines() if line.startswith("error: ") and "srun" not in line]
     assert message.startswith("error: data.") and not (tmp_path / "run").exists()
