@@ -12,7 +12,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,27 @@ def read(file: Path) -> Iterator[Record]:
         yield from map(json.loads, lines)
 
 
+def converted(file: Path, convert: Callable[[Record], Record]) -> list[Record]:
+    """A task's records out of a download; ends the program, in one line, where that is not what is published."""
+    try:
+        return [convert(problem) for problem in read(file)]
+    except FileNotFoundError:
+        raise SystemExit(f"error: {file} is not there. docs/tutorial.md has the command that downloads it.") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"error: {file} is not as its authors publish it ({error!r}). Download it again.") from None
+
+
 def main(downloads: str, tasks: str) -> None:
-    for name, convert in SOURCES.items():
-        task = Path(tasks) / convert.__name__
+    """Convert all of them, then write."""
+    found = {convert.__name__: converted(Path(downloads) / name, convert) for name, convert in SOURCES.items()}
+    for name, records in found.items():
+        task = Path(tasks) / name
         task.mkdir(parents=True, exist_ok=True)
-        records = [convert(problem) for problem in read(Path(downloads) / name)]
         (task / "part-00.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in records), encoding="utf-8")
         print(f"{task}: {len(records):,} conversations")
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: python examples/public_tasks.py DOWNLOADS TASKS")
     main(*sys.argv[1:])

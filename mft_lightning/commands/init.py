@@ -1,4 +1,4 @@
-"""``init``: a starter project of one's own, with the configs, the examples' tasks and model, and what to do next."""
+"""``init``: a starter project of one's own, with the configs, the examples, and what to do next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from mft_lightning.paths import given_path
 from mft_lightning.screen import program, shown
 from mft_lightning.shipped import CONFIGS, EXAMPLES, ROOT
 
-COPIED = (f"{CONFIGS}/*.yaml", f"{EXAMPLES}/model/*.json", f"{EXAMPLES}/quickstart/*/*.jsonl")
+COPIED = (
+    *(f"{CONFIGS}/*.yaml", f"{EXAMPLES}/model/*.json", f"{EXAMPLES}/quickstart/*/*.jsonl"),
+    f"{EXAMPLES}/public_tasks.py",  # which docs/tutorial.md runs
+)
 README = f"{EXAMPLES}/starter.md"  # what a project has as its README.md
 
 

@@ -98,6 +98,8 @@ def test_a_project_from_an_installed_wheel_trains_as_it_is(installed: Callable[.
     assert "cd project && " in installed(tmp_path, "init", "project")
     project = tmp_path / "project"
     assert files_of(project, *STARTER) == files_of(ROOT, *STARTER)
+    script = Path("examples/public_tasks.py")  # of the tutorial
+    assert (project / script).read_bytes() == (ROOT / script).read_bytes()
     quick = ("--trainer.max_steps", "2", "--evaluation.max_conversations_per_task", "2")
     printed = installed(project, "fit", "--config", "configs/quickstart.yaml", *quick)
     assert "step 2/2" in printed and checkpoints(project / "checkpoints" / "quickstart") == ["step-00000002"]
