@@ -162,6 +162,7 @@ def _changes() -> dict[str, Node]:
         f"trainer.{key}": {"const": default, "deprecated": True, "description": f"Has no effect here. Use {here}."}
         for key, (default, here) in ELSEWHERE.items()
     }
+    logger, callback = {"$ref": "#/$defs/Logger"}, {"$ref": "#/$defs/Callback"}
     return changes | {
         "seed_everything": {
             "type": "integer",
@@ -186,6 +187,14 @@ def _changes() -> dict[str, Node]:
                 {"type": "null"},
             ],
             "description": "how long a run may take, DD:HH:MM:SS; it saves and ends then.",
+        },
+        "trainer.logger": {
+            "anyOf": [{"type": ["boolean", "null"]}, logger, {"type": "array", "items": logger}],
+            "description": "loggers of your own, beside TensorBoard's files and metrics.csv; false leaves all out.",
+        },
+        "trainer.callbacks": {
+            "anyOf": [{"type": "null"}, {"type": "array", "items": callback}, callback],
+            "description": "callbacks of your own, beside those of every run.",
         },
         "trainer.num_nodes": {"type": "integer", "description": "machines."},
         "trainer.precision": {
