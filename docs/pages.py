@@ -44,10 +44,11 @@ def reference() -> str:
         "# All keys",
         "Each can stand in a YAML file, `group: {key: value}`, or on the command line, `--group.key value`. Made from "
         "the code when this page was built; `--print_config` prints the same with the values of a run, `schema` gives "
-        "it to an editor ([configuration](configuration.md)).",
+        "it to an editor ([configuration](configuration.md)). Keys of Lightning's Trainer that would do nothing here "
+        "are left out: a run refuses them, and names the key to use.",
     ]
     for group in groups:
-        keys = {key: node for key, node in nodes.items() if _group(key) == group}
+        keys = {key: node for key, node in nodes.items() if _group(key) == group and "deprecated" not in node}
         parts.append(f"## {group or 'the whole run'}")
         if group and (about := _node(schema, group).get("description")):
             parts.append(f"{about.rstrip('.')}. See {_link(page(group))}.")
@@ -66,7 +67,7 @@ def _node(schema: Node, group: str) -> Node:
 
 
 def _rows(keys: dict[str, Node], group: str) -> Iterator[str]:
-    yield "| key | takes | default | |\n|---|---|---|---|"
+    yield "| key | takes | default | what it is |\n|---|---|---|---|"
     for key, node in keys.items():
         default = "must be given"
         if "default" in node or "null" in takes(node):

@@ -7,7 +7,7 @@ import re
 from functools import cache
 
 from tests.conftest import ROOT
-from tests.examples.test_readme import README
+from tests.examples.test_readme import blocks
 
 TESTS = "tests/integration"
 README_TEST = "tests/examples/test_readme.py::test_every_command_of_the_readme"
@@ -101,4 +101,4 @@ def _source(test: str) -> str:
         waiting += (names & parts.keys()) - used
     found = [node for one in sorted(used) for node in (*getattr(parts[one], "decorator_list", ()), parts[one])]
     source = "\n".join(ast.get_source_segment(text, node) or "" for node in found)
-    return source + (README if test == README_TEST else "")
+    return source + ("".join(text for _, text in blocks()) if test == README_TEST else "")

@@ -22,8 +22,9 @@ TASKS = ("text_to_code", "code_explanation", "unit_tests")
 
 
 def blocks() -> list[tuple[str, str]]:
-    """(language, text) of the README's blocks, in order."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    """(language, text) of the README's blocks, in order; continued lines as one."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [(language, re.sub(r"\\\n *", "", text)) for language, text in found]
 
 
 def masked(text: str) -> list[str]:
