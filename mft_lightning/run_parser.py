@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from jsonargparse import Namespace
@@ -72,6 +74,18 @@ class RunParser(LightningArgumentParser):
         if place is None or any(f"{option}.".startswith(f"--{key}.") for option in given):
             return f"{key}:{rest}"
         return f"{key} ({place}){colon}{rest}"
+
+    def _add_signature_parameter(
+        self, container: Any, nested_key: Any, param: Any, *given: Any, **options: Any
+    ) -> None:
+        """One argument of a class; one without a type and a default is as needed as any other.
+
+        Lightning asks for ``fail_untyped=False``, with which jsonargparse makes it None where it is left out
+        (``_signatures.py`` in 4.53).
+        """
+        if param.annotation is inspect.Parameter.empty and param.default is inspect.Parameter.empty:
+            param = replace(param, annotation=Any)
+        super()._add_signature_parameter(container, nested_key, param, *given, **options)
 
     def parse_path(self, cfg_path: Any, *given: Any, **options: Any) -> Namespace:
         """The keys of a file.

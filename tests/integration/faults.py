@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from mft_lightning.data.collate import StepBatch
 from mft_lightning.data.loader import TrainLoader, TrainSteps
@@ -261,3 +262,35 @@ class Counting(L.Callback):
 
     def state_dict(self) -> dict[str, int]:
         return {"steps": 1}
+
+
+class Untyped:
+    """What a user's class needs first, without a type as most write it."""
+
+    def __init__(self, needed, more=3):
+        self.needed = needed
+
+
+class UntypedCallback(Untyped, L.Callback):
+    """A user's callback."""
+
+
+class UntypedLogger(CSVLogger):
+    """A user's logger."""
+
+    def __init__(self, needed, save_dir="losses"):
+        super().__init__(save_dir)
+
+
+class UntypedOptimizer(torch.optim.SGD):
+    """A user's optimizer."""
+
+    def __init__(self, params, lr, needed, weight_decay=0.0):
+        super().__init__(params, lr, weight_decay=weight_decay)
+
+
+class UntypedBalancer(DoubledWeights):
+    """A user's balancer."""
+
+    def __init__(self, tasks, needed):
+        super().__init__(tasks)

@@ -166,6 +166,23 @@ REFUSED = [
         "--trainer.callbacks+=LearningRateFinder",
         "trainer.callbacks: LearningRateFinder does not work here. Use model.learning_rate.",
     ),
+    (
+        f"--trainer.callbacks+={FAULTS}.UntypedCallback",
+        "trainer.callbacks: UntypedCallback needs needed. Give it in init_args.",
+    ),
+    (
+        f"--trainer.callbacks+={FAULTS}.UntypedCallback --trainer.callbacks.needed null",
+        "trainer.callbacks: UntypedCallback needs needed. Give it in init_args.",
+    ),
+    (f"--trainer.logger {FAULTS}.UntypedLogger", "trainer.logger: UntypedLogger needs needed. Give it in init_args."),
+    (
+        f"--model.optimizer {FAULTS}.UntypedOptimizer",
+        "model.optimizer: UntypedOptimizer needs needed. Give it in init_args.",
+    ),
+    (
+        f"--model.weighted_loss_mode {FAULTS}.UntypedBalancer",
+        "model.weighted_loss_mode: UntypedBalancer needs needed. Give it in init_args.",
+    ),
     ("--trainer.logger nowhere.Logger", "trainer.logger: nowhere.Logger is no class that can be used (No module named"),
 ]
 
