@@ -20,7 +20,7 @@ def check_own_optimizer(make: OwnOptimizer, weight_decay: float) -> str:
     """The class path of what ``make`` makes, tried out on one matrix.
 
     Raises:
-        UserError: it makes none, or one to which ``model.weight_decay`` means nothing.
+        UserError: it makes none, one to which ``model.weight_decay`` means nothing, or one that asks for no gradients.
     """
     made = build_own_optimizer(make, [{"params": [nn.Parameter(torch.zeros(2, 2))]}], 1e-3)
     name = f"{type(made).__module__}.{type(made).__qualname__}"
@@ -30,7 +30,37 @@ def check_own_optimizer(make: OwnOptimizer, weight_decay: float) -> str:
     usual = inspect.signature(type(made).__init__).parameters.get("weight_decay")
     if usual is not None and given != usual.default:
         raise UserError(f"{KEY}: the weight_decay of {name} has no effect here. Use model.weight_decay.")
+    _check_step(made, name)
     return name
+
+
+class _Asked(Exception):
+    """The optimizer asks for gradients."""
+
+
+def _check_step(optimizer: Optimizer, name: str) -> None:
+    """Let it begin a step, up to where it asks for gradients; Lightning computes them in a closure.
+
+    Raises:
+        UserError: it asks for none.
+    """
+    asked = False
+
+    def closure() -> float:
+        nonlocal asked
+        asked = True
+        raise _Asked
+
+    why = "it does not call it"
+    try:
+        optimizer.step(closure=closure)
+    except Exception as error:  # of a class of the user's, which may raise any
+        why = first_line(error)
+    if not asked:
+        raise UserError(
+            f"{KEY}: a step of {name} is asked for with a closure that computes the gradients, and fails ({why}). Let "
+            "its step(closure) begin with loss = closure()."
+        )
 
 
 def build_own_optimizer(make: OwnOptimizer, groups: Sequence[dict[str, Any]], rate: float) -> Optimizer:

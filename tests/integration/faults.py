@@ -257,6 +257,23 @@ class UnmadeOptimizer(torch.optim.SGD):
         raise RuntimeError("no such device")
 
 
+class DeafOptimizer(torch.optim.SGD):
+    """A user's optimizer that takes a closure and leaves it."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr, weight_decay=weight_decay)
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+
+
+class OldOptimizer(DeafOptimizer):
+    """A user's optimizer that takes no closure."""
+
+    def step(self) -> None:
+        super().step()
+
+
 class Counting(L.Callback):
     """A user's callback with a state."""
 

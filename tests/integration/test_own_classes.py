@@ -152,6 +152,14 @@ REFUSED = [
         "trainer.logger: CSVLogger needs save_dir. Give it in init_args. See docs/own_classes.md#loggers.",
     ),
     (f"--model.optimizer {FAULTS}.UnmadeOptimizer", "model.optimizer: cannot be made of these parameters (no such dev"),
+    (
+        f"--model.optimizer {FAULTS}.DeafOptimizer",
+        "DeafOptimizer is asked for with a closure that computes the gradients, and",
+    ),
+    (
+        f"--model.optimizer {FAULTS}.OldOptimizer",
+        "and fails (OldOptimizer.step() got an unexpected keyword argument 'closure'). Let its step",
+    ),
     (f"--model.weighted_loss_mode {FAULTS}.Unfinished", "of 3 task(s) (Can't instantiate abstract class Unfinished"),
     (f"--model.weighted_loss_mode {FAULTS}.Unprepared", "Unprepared has to call super().__init__(tasks) with the 3"),
     (
