@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +32,7 @@ from mft_lightning.training.checkpoint_dirs import (
     write_metadata,
 )
 from mft_lightning.training.checkpoint_reading import read_state
+from mft_lightning.training.loadable import REFUSALS, check_states
 from mft_lightning.training.shards import (
     ShardWriter,
     split_off,
@@ -193,8 +192,13 @@ class HFCheckpointIO(CheckpointIO):
     def _write_rest(self, aside: Path, trainer_state: dict[str, Any], metadata: dict[str, Any]) -> None:
         for name, contents in self._files.items():
             (aside / name).write_bytes(contents)
-        torch.save(trainer_state, aside / TRAINER_STATE)
-        _check_loads(trainer_state, aside / TRAINER_STATE)
+        try:
+            torch.save(trainer_state, aside / TRAINER_STATE)
+            torch.load(aside / TRAINER_STATE, weights_only=True, mmap=True)
+        except REFUSALS:
+            callbacks = {f"{name} (trainer.callbacks)": state for name, state in trainer_state["callbacks"].items()}
+            check_states({**{key: value for key, value in trainer_state.items() if key != "callbacks"}, **callbacks})
+            raise
         write_metadata(aside, metadata)
 
     def _place(self, name: str) -> str:
@@ -256,29 +260,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _copied(item) for key, item in value.items()}
     return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
-
-
-def _check_loads(trainer_state: dict[str, Any], file: Path) -> None:
-    """Refuse at the first save what no resume could load: an object in the state of a user's callback, say."""
-    try:
-        torch.load(file, weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        parts = {key: value for key, value in trainer_state.items() if key != "callbacks"}
-        parts |= {f"callbacks, {name}": state for name, state in trainer_state["callbacks"].items()}
-        faulty = [name for name, value in parts.items() if not _loads(value)]
-        raise UserError(
-            f"a checkpoint of this run could not be loaded again: the state of {', '.join(faulty)} holds other things "
-            "than numbers, text, tensors, lists and dictionaries, which weights_only refuses. Mend that callback's "
-            "state_dict, or leave it out."
-        ) from error
-
-
-def _loads(value: Any) -> bool:
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    stream.seek(0)
-    try:
-        torch.load(stream, weights_only=True)
-    except pickle.UnpicklingError:
-        return False
-    return True

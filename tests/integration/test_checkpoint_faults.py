@@ -202,7 +202,7 @@ def test_a_callback_whose_state_no_resume_could_load_is_named_at_the_first_save(
 ) -> None:
     words = ("--trainer.callbacks+=tests.integration.faults.StateOfObjects",)
     message = fails(["fit", *fit_arguments(tmp_path / "run", *words)], capsys)
-    assert "the state of callbacks, StateOfObjects holds other things than numbers" in message
+    assert "the state of StateOfObjects (trainer.callbacks) holds other things than numbers" in message
     assert_whole_without_remains(tmp_path / "run")
     assert not checkpoints(tmp_path / "run")
 
