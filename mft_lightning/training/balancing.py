@@ -14,14 +14,16 @@ from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import summed_over_data
+from mft_lightning.training.loadable import check_states
 
 
 def check_balancing(module: MFTModule, datamodule: MFTDataModule) -> None:
-    """Raise where the module's balancer has nothing to look at.
+    """Raise where the module's balancer has nothing to look at, or a state that no checkpoint could give back.
 
     Raises:
-        UserError: naming the tasks without a conversation to validate on.
+        UserError: naming the balancer, or the tasks without a conversation to validate on.
     """
+    check_states({f"{module.balancer.name} (model.weighted_loss_mode)": module.balancer.state_dict()})
     if not module.balancer.validates:
         return
     counts = np.bincount(datamodule.table("valid").tasks, minlength=len(datamodule.tasks))

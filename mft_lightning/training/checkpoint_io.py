@@ -32,7 +32,7 @@ from mft_lightning.training.checkpoint_dirs import (
     write_metadata,
 )
 from mft_lightning.training.checkpoint_reading import read_state
-from mft_lightning.training.loadable import REFUSALS, check_states
+from mft_lightning.training.loadable import REFUSALS, check_states, of_callback
 from mft_lightning.training.shards import (
     ShardWriter,
     split_off,
@@ -196,7 +196,7 @@ class HFCheckpointIO(CheckpointIO):
             torch.save(trainer_state, aside / TRAINER_STATE)
             torch.load(aside / TRAINER_STATE, weights_only=True, mmap=True)
         except REFUSALS:
-            callbacks = {f"{name} (trainer.callbacks)": state for name, state in trainer_state["callbacks"].items()}
+            callbacks = {of_callback(name): state for name, state in trainer_state["callbacks"].items()}
             check_states({**{key: value for key, value in trainer_state.items() if key != "callbacks"}, **callbacks})
             raise
         write_metadata(aside, metadata)

@@ -32,6 +32,11 @@ def check_states(states: Mapping[str, Any]) -> None:
         )
 
 
+def of_callback(state_key: str) -> str:
+    """How the state of a callback is named, by the key that it has in a checkpoint."""
+    return f"{state_key} (trainer.callbacks)"
+
+
 def _loads(state: Any) -> bool:
     stream = io.BytesIO()
     try:

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from mft_lightning import ranks
 from mft_lightning.errors import UserError
 from mft_lightning.training.curves import Curves
+from mft_lightning.training.loadable import check_states, of_callback
 from mft_lightning.training.loggers import MetricsCSV, PlainLines
 
 # callbacks of Lightning's that decide what a run decides by itself, and what to use in their place
@@ -80,14 +81,23 @@ def own_loggers(given: Any) -> list[Logger]:
 
 
 def _check_callbacks(callbacks: Sequence[L.Callback]) -> None:
-    """Refuse what would decide what a run decides by itself.
+    """Refuse what would decide what a run decides by itself, and states that no checkpoint could give back.
 
     Raises:
-        UserError: naming the callback, and what to use in its place.
+        UserError: naming the callback, and what to use in its place or to mend.
     """
     for kind, here in INSTEAD.items():
         if found := next((callback for callback in callbacks if isinstance(callback, kind)), None):
             raise UserError(f"trainer.callbacks: {type(found).__name__} does not work here. Use {here}.")
+    check_states({of_callback(callback.state_key): _state(callback) for callback in callbacks})
+
+
+def _state(callback: L.Callback) -> Any:
+    """Its state before a run; None where it needs a run to have one, of which the first save then tells."""
+    try:
+        return callback.state_dict()
+    except Exception:  # of a class of the user's, which may raise any
+        return None
 
 
 def _check_loggers(loggers: Sequence[Logger]) -> None:

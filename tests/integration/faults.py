@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -197,6 +199,23 @@ class StateOfObjects(L.Callback):
         return {"best": np.float64(1)}
 
 
+class LateState(L.Callback):
+    """A user's callback that has a state once a run has begun.
+
+    Args:
+        writable: whether it can be written, though not loaded.
+    """
+
+    def __init__(self, writable: bool) -> None:
+        self.writable = writable
+
+    def on_train_start(self, trainer: L.Trainer, *args: object) -> None:
+        self.state = {"seen": Path("data") if self.writable else threading.Lock()}
+
+    def state_dict(self) -> dict[str, object]:
+        return self.state
+
+
 class EarlySignal(L.Callback):
     """SIGTERM before the first step.
 
@@ -227,6 +246,13 @@ class DoubledWeights(Balancer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing."""
+
+
+class StateOfLocks(DoubledWeights):
+    """A user's balancer with a state that nothing can write."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"lock": threading.Lock()}
 
 
 class Unfinished(Balancer):

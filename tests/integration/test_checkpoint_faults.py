@@ -197,12 +197,14 @@ def test_a_finished_run_started_again_removes_nothing_by_other_settings(
     assert_whole_without_remains(run)
 
 
+@pytest.mark.parametrize("writable", ["true", "false"])
 def test_a_callback_whose_state_no_resume_could_load_is_named_at_the_first_save(
-    fit_arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fit_arguments: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], writable: str
 ) -> None:
-    words = ("--trainer.callbacks+=tests.integration.faults.StateOfObjects",)
+    """Where it has none before the run, when it would be refused."""
+    words = ("--trainer.callbacks+=tests.integration.faults.LateState", "--trainer.callbacks.writable", writable)
     message = fails(["fit", *fit_arguments(tmp_path / "run", *words)], capsys)
-    assert "the state of StateOfObjects (trainer.callbacks) holds other things than numbers" in message
+    assert "the state of LateState (trainer.callbacks) holds other things than numbers" in message
     assert_whole_without_remains(tmp_path / "run")
     assert not checkpoints(tmp_path / "run")
 

@@ -171,6 +171,14 @@ REFUSED = [
         "trainer: Found more than one stateful callback of type `Counting`",
     ),
     (
+        f"--trainer.callbacks+={FAULTS}.StateOfObjects --dry_run",
+        "the state of StateOfObjects (trainer.callbacks) holds other things than numbers, text",
+    ),
+    (
+        f"--model.weighted_loss_mode {FAULTS}.StateOfLocks --dry_run",
+        "the state of tests.integration.faults.StateOfLocks (model.weighted_loss_mode) holds other things",
+    ),
+    (
         "--trainer.callbacks+=LearningRateFinder",
         "trainer.callbacks: LearningRateFinder does not work here. Use model.learning_rate.",
     ),
