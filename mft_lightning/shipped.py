@@ -22,7 +22,7 @@ def shipped_config(name: str) -> str:
     return str(candidate) if candidate.is_file() else name
 
 
-def shipped_example(path: str) -> str:
+def shipped_example(path: str | Path) -> str:
     """A path below ``examples/`` that is not here is looked up in the shipped ``examples/``; ``~`` is the home."""
     path = os.fspath(path)  # Python's users have Path objects at hand
     if path.startswith("~"):

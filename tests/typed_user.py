@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import assert_type
 
 import torch
@@ -21,6 +22,12 @@ def quickstart() -> float:
     trainer.fit(model, data)
     assert_type(trainer.metrics["val/loss"], float)
     return trainer.validate(model, data, ckpt_path=trainer.best_model_path)["val/loss"]
+
+
+def trained_further(trainer: Trainer, tokenizer: Path) -> MFTModule:
+    best = trainer.best_model_path
+    assert best is not None
+    return MFTModule(pretrained_model_path=best, tokenizer_path=tokenizer)
 
 
 class Harder(Balancer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch.utils.data import DataLoader
@@ -74,7 +75,7 @@ class MFTDataModule(EvaluatedData):
         self,
         *,
         data_paths: list[str] | str,
-        tokenizer_path: str,
+        tokenizer_path: str | Path,
         valid_data_paths: list[str] | str | None = None,
         data_split: str | list[float] | None = None,
         tokenize_mode: Literal["sft", "pretrain"] = "sft",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -94,9 +95,9 @@ class MFTModule(TrainedModule):
     def __init__(
         self,
         *,
-        pretrained_model_path: str,
+        pretrained_model_path: str | Path,
         init: Literal["pretrained", "random"] = "pretrained",
-        tokenizer_path: str | None = None,
+        tokenizer_path: str | Path | None = None,
         model_type: str = "gpt_neox",
         peft_type: Literal["lora", "qlora"] | None = None,
         lora: LoraSettings = LoraSettings(),  # noqa: B008  # settings are read, never written
