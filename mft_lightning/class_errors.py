@@ -20,6 +20,7 @@ _OF_ANOTHER_KIND = re.compile(r"Expected '[\w.]+' to be a subclass of <class '(\
 _GIVEN_KIND = re.compile(r"Given value type: <class '(\w+)'>")
 _FORM = ("class_path", "init_args", "dict_kwargs")
 _NO_OPTION = re.compile(r"(?:Group '([\w.]+)' does not accept option|Option) '([\w.]+)'")
+_GIVEN_PATH = re.compile(r"Given value: Namespace\(class_path='([\w.]+)'")
 _NEEDED = re.compile(r"the following arguments are required: (.*)")
 
 
@@ -45,7 +46,7 @@ def class_error(key: str, why: str, node: Node, documented: Documented) -> str |
     reason = " ".join(found["why"].split()).rstrip(".") if "why" in found else ""
     if reason.startswith(("Expected an import path", "Dict must include")):
         return None
-    path, see = found["path"] or str(value), f" See {documented(key)}."
+    path, see = found["path"] or _path_of(why) or str(value), f" See {documented(key)}."
     name, kinds = path.rpartition(".")[2], list(dict.fromkeys(classes(node)))
     if match.re is _NO_NAME:
         near = nearest(path, [name for kind in kinds for name in names_of(kind)])
@@ -68,6 +69,12 @@ def class_error(key: str, why: str, node: Node, documented: Documented) -> str |
     right = next(filter(None, (nearest_path(path, kind) for kind in kinds)), path)
     near = f" The nearest is {right}." if right != path else ""
     return f"{key}: {path} is {none_of}no class that can be used ({reason}).{near}{see}"
+
+
+def _path_of(why: str) -> str | None:
+    """The path of the class that was given, where jsonargparse says it with the arguments it has so far."""
+    found = _GIVEN_PATH.search(why)
+    return found[1] if found is not None else None
 
 
 def _no_argument(key: str, path: str, option: str, value: object) -> str:
