@@ -33,7 +33,7 @@ from mft_lightning.training.checkpoint_choice import find_best, find_checkpoints
 from mft_lightning.training.checkpoint_reading import read_state
 from mft_lightning.training.evaluation import EvaluationSettings
 from mft_lightning.training.shared_settings import SEED, share_settings
-from mft_lightning.training.trainer import RunSettings, check_pages, check_trainer_keys, placed
+from mft_lightning.training.trainer import RunSettings, check_pages, check_trainer_keys, placed, weights_dtype
 from mft_lightning.words import check_words
 
 Checkpoint = Literal["last", "best"] | str | Path
@@ -129,6 +129,7 @@ class Trainer:
         }
         self.keys = {**_lightning_defaults(), **TRAINER_DEFAULTS, **given_keys}
         check_trainer_keys(self.keys)
+        weights_dtype(precision)  # which refuses one that there is none of
         _check_kinds("callbacks", self.keys, L.Callback)
         _check_kinds("logger", self.keys, Logger)
         self.metrics: dict[str, float] = {}

@@ -186,6 +186,7 @@ def test_what_contradicts_is_refused(
 
 def test_what_a_trainer_cannot_take_is_refused_when_it_is_made(tmp_path: Path) -> None:
     for keys, message in (
+        ({"precision": "bf32"}, "trainer.precision: 'bf32' is refused; it takes one of"),
         ({"max_steps": 0}, "trainer.max_steps: 0 is no number from 1 on."),
         ({"seed": -1}, "seed: -1 is no number from 0"),
         ({"evaluation": {"steps": 4}}, "trainer.evaluation: takes EvaluationSettings, not {'steps': 4}."),
