@@ -72,7 +72,7 @@ class RunParser(LightningArgumentParser):
         place = self._places.get(key)
         given = [word.partition("=")[0].removesuffix("+") for word in argv]
         if place is None or any(f"{option}.".startswith(f"--{key}.") for option in given):
-            return f"{key}:{rest}"
+            return f"{key}{colon}{rest}"
         return f"{key} ({place}){colon}{rest}"
 
     def _add_signature_parameter(

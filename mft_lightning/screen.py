@@ -115,6 +115,10 @@ class Grid:
 def say(*lines: str | Text | Grid) -> None:
     """Print lines and tables. Lines are broken by the terminal, never by us, so that paths can be copied."""
     screen = console()
+    if screen.is_jupyter:  # where rich makes a block of every line, with codes for colours in tables
+        screen = Screen(
+            markup=False, highlight=False, emoji=False, force_jupyter=False, force_terminal=False, width=_WIDE
+        )
     for line in lines:
         if isinstance(line, Grid) and not screen.is_terminal:
             with screen.capture() as captured:

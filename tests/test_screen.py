@@ -140,3 +140,15 @@ def test_json_is_valid_whatever_the_encoding(monkeypatch: pytest.MonkeyPatch, en
         print_json(value)
     assert json.loads(raw.getvalue().decode(encoding)) == value
     assert ("\u4e2d" in raw.getvalue().decode(encoding)) == (encoding == "utf-8")
+
+
+def test_a_notebook_gets_lines_as_a_file_does(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not a block of HTML for each, nor codes for colours."""
+    say("a line", "", GRID)
+    in_a_file = capsys.readouterr().out
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert console().is_jupyter
+    say("a line", "", GRID)
+    assert capsys.readouterr().out == in_a_file and "\x1b" not in in_a_file
