@@ -30,8 +30,8 @@ ELSEWHERE: dict[str, tuple[str, tuple[str, ...]]] = {
         ("sbatch", "parallel.md", "multi-node.yaml"),
     ),
     r"srun .* --config configs/lora\.yaml --ckpt_path last$": (
-        f"{TESTS}/test_slurm.py::test_a_job_that_slurm_signals_is_requeued_and_goes_on",
-        ("sbatch", "checkpoints.md", "lora.yaml"),
+        f"{TESTS}/test_slurm.py::test_a_signal_ends_the_tasks_of_two_nodes_in_order_and_the_run_goes_on",
+        ("sbatch", "srun", "lora.yaml", "--ckpt_path", "last"),
     ),
     r"python -m mft_lightning consolidate ": (
         f"{TESTS}/test_sharded_checkpoints.py::test_they_resume_in_every_layout_and_make_the_same_model",

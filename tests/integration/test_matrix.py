@@ -223,6 +223,8 @@ def test_numbers_are_those_of_a_loop_over_conversations(
     precision: str,
     sizes: tuple[int, ...],
 ) -> None:
+    if layout == "tensor2" and precision == "bf16-mixed" and not WHOLE:
+        pytest.skip("MFT_WHOLE_MATRIX=1 runs all of it, in minutes")
     ranks = LAYOUTS[layout][1]
     cases = [Case(layout, precision, *rest) for rest in product(KINDS, PADDINGS, MODES, sizes)]
     if ranks > 1 and not WHOLE:
