@@ -4,8 +4,8 @@ A run is one epoch of four steps, on global batches of all kinds: all tasks, two
 Its learning rate is so small that no weight changes to the bit, so all steps are compared at the same weights.
 ``pytest -rP`` prints how far the numbers were apart. By default one process takes all of them in float32; two ranks
 take each kind of training, padding and weighting with one micro-batch, so that any two choices of these four meet in
-each layout; and bfloat16 takes one micro-batch for all, of which two ranks take every other. ``MFT_WHOLE_MATRIX=1``
-takes everything everywhere.
+each layout; and bfloat16 takes one micro-batch for all, of which two ranks take every other, and none under tensor
+parallelism. ``MFT_WHOLE_MATRIX=1`` takes everything everywhere.
 """
 
 from __future__ import annotations
