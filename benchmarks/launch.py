@@ -94,8 +94,8 @@ def launched(words: list[str]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def main() -> None:
-    """Launch in turns, print a table, and compare with the limit."""
+def main() -> int:
+    """Launch in turns, print a table, and compare with the limit; the exit code."""
     if STAGED in sys.argv[1:2]:
         staged_fit(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
@@ -120,7 +120,7 @@ def main() -> None:
         before, (wall, cpu) = wall, _medians(found)
         _print(f"  {stage}", wall, cpu, f"{wall - before:7.2f}")
     print(f"{'limit':42} {LIMIT:7.2f}")
-    raise SystemExit(int(wall > LIMIT))
+    return int(wall > LIMIT)
 
 
 def _medians(found: list[tuple[float, float]]) -> tuple[float, float]:
@@ -133,4 +133,4 @@ def _print(name: str, wall: float, cpu: float, share: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

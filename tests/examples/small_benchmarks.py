@@ -8,10 +8,12 @@ import os
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 from tests.integration import preloaded
@@ -22,7 +24,9 @@ SMALL = {
     "balancer_cost": ("--steps 2", "coba "),
     "balancing": ("--steps 1 --seeds 1 --modes case3 --output {new}", "| case3 |"),
     "checkpoint": ("--model {model} --tasks {task} --steps 7 --every 3 --rank 2", "lora "),
+    "compiled_layers": (STEPS, "first compiled step "),
     "head_loss": ("--tokens 8 --hidden 16 --vocabulary 64 --rows 4 --conversations 2 --repeats 1", "lce one "),
+    "launch": ("--repeats 1", "  first forward begins "),
     "lora_start": ("--widths 128 --layers 1", "| 128 | 1 | use_dora |"),
     "merging_memory": ("--hidden 64 --layers 1 --vocabulary 512 --rank 2", "peft   rises by"),
     "plan": ("--conversations 2000", "tasks at temperature 2"),
@@ -56,6 +60,7 @@ def run_small(module: str, words: list[str], model: Path, new: Path, capfd: pyte
         patch.syspath_prepend(str(ROOT / "benchmarks"))  # as that of a script's own directory
         patch.setattr("sys.argv", [module, *given])
         patch.setattr(subprocess, "run", _run)
+        patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # its compiler takes half a minute
         importlib.import_module(f"benchmarks.{module}").main()
     assert printed in capfd.readouterr().out, shlex.join([module, *given])
 

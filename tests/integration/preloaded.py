@@ -40,7 +40,7 @@ def start(words: Sequence[str], environment: Mapping[str, str], *streams: int) -
     """``python …`` from the project's root.
 
     Args:
-        words: a script and its arguments, or ``-m``, a module and its arguments.
+        words: a script and its arguments, ``-m``, a module and its arguments, or ``-c`` and a program.
         environment: all of it.
         streams: descriptors of its standard input, output and error; they stay open here.
     """
@@ -77,6 +77,8 @@ def _become(words: list[str], environment: dict[str, str], streams: list[int]) -
     if words[0] == "-m":
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        exec(words[1], {"__name__": "__main__"})
     else:
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")

@@ -67,10 +67,9 @@ class Job:
             time.sleep(0.2)
 
 
-def documented(page: str, config: str) -> str:
-    """The script of a page that trains by a config, as :class:`Job` takes it."""
+def documented(page: str, program: str) -> str:
+    """The script of a page that runs a program, as :class:`Job` takes it."""
     blocks = re.findall(r"^```bash\n(#SBATCH .*?)^```$", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
-    program = f"python -m mft_lightning fit --config configs/{config}"
     (script,) = [block for block in blocks if program in block]
     return script.replace(program, "{command}")
 
@@ -104,9 +103,23 @@ def test_a_signal_ends_the_tasks_of_two_nodes_in_order_and_the_run_goes_on(submi
 
 
 def test_bad_input_is_told_once_and_ends_the_tasks_of_both_nodes(submit: Submit, tmp_path: Path) -> None:
-    script = documented("parallel.md", "multi-node.yaml")
+    script = documented("parallel.md", "python -m mft_lightning fit --config configs/multi-node.yaml")
     job = submit(2, 1, "--data.seq_length", "7", config="multi-node.yaml", script=script)
     state, code = job.ended()
     assert state == "FAILED" and code in ("1:0", "143:0")  # of the task that failed, or of one that srun ended for it
     (message,) = [line for line in job.printed().splitlines() if line.startswith("error: ") and "srun" not in line]
     assert message.startswith("error: data.") and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (138, True), (143, True), (137, False)])
+def test_a_documented_script_requeues_what_a_signal_ended(tmp_path: Path, code: int, requeued: bool) -> None:
+    """What SLURM's own programs are asked: a queue that tries such a job again takes minutes for it."""
+    program = "python -m mft_lightning fit --config configs/lora.yaml --ckpt_path last"
+    script = documented("checkpoints.md", program).replace("{command}", program)
+    for name, status in (("srun", code), ("scontrol", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*"\nexit {status}\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "17"}
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    asked = [f"srun {program}", *(["scontrol requeue 17"] if requeued else [])]
+    assert (done.stdout.splitlines(), done.stderr, done.returncode) == (asked, "", code)
