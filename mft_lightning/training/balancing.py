@@ -14,15 +14,18 @@ from mft_lightning.data.datamodule import MFTDataModule
 from mft_lightning.errors import UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.model.parallel import summed_over_data
+from mft_lightning.training.hooks import check_hooks
 from mft_lightning.training.loadable import check_states
+from mft_lightning.weighting.balancer import Balancer
 
 
 def check_balancing(module: MFTModule, datamodule: MFTDataModule) -> None:
-    """Raise where the module's balancer has nothing to look at, or a state that no checkpoint could give back.
+    """Raise where the module's balancer cannot be called, has nothing to look at, or no state that comes back.
 
     Raises:
         UserError: naming the balancer, or the tasks without a conversation to validate on.
     """
+    check_hooks("model.weighted_loss_mode", module.balancer, Balancer)
     check_states({f"{module.balancer.name} (model.weighted_loss_mode)": module.balancer.state_dict()})
     if not module.balancer.validates:
         return
@@ -47,7 +50,7 @@ class Balancing(L.Callback):
         if result.skipped or not balancer.learns:
             return
         train = _over_ranks(trainer, result.nll) / result.task_supervised.cpu()
-        numbers = balancer.batches_due(step)
+        numbers = _due(balancer, step)
         valid = self._validate(trainer, module, numbers) if numbers else None
         balancer.after_step(step, train, valid)
         balancer.check_weights()
@@ -72,6 +75,26 @@ class Balancing(L.Callback):
         return _over_ranks(trainer, nll) / torch.from_numpy(
             np.bincount(table.tasks[chosen], weights=table.n_supervised[chosen], minlength=tasks)
         )
+
+
+def _due(balancer: Balancer, step: int) -> range:
+    """The validation batches that it asks for.
+
+    Raises:
+        UserError: it asks for something else, or has not said that it validates.
+    """
+    numbers = balancer.batches_due(step)
+    if not isinstance(numbers, range):
+        raise UserError(
+            f"model.weighted_loss_mode: batches_due of {balancer.name} gave {numbers!r:.80}. It has to give a range of "
+            "numbers, range(0) where none is due."
+        )
+    if numbers and not balancer.validates:
+        raise UserError(
+            f"model.weighted_loss_mode: {balancer.name} asks for validation batches, but has not said so before the "
+            "run. Give the class validates = True."
+        )
+    return numbers
 
 
 def _over_ranks(trainer: L.Trainer, part: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 from mft_lightning import ranks
 from mft_lightning.errors import UserError
 from mft_lightning.training.curves import Curves
+from mft_lightning.training.hooks import check_hooks
 from mft_lightning.training.loadable import check_states, of_callback
 from mft_lightning.training.loggers import MetricsCSV, PlainLines
 
@@ -89,6 +90,8 @@ def _check_callbacks(callbacks: Sequence[L.Callback]) -> None:
     for kind, here in INSTEAD.items():
         if found := next((callback for callback in callbacks if isinstance(callback, kind)), None):
             raise UserError(f"trainer.callbacks: {type(found).__name__} does not work here. Use {here}.")
+    for callback in callbacks:
+        check_hooks("trainer.callbacks", callback, L.Callback)
     check_states({of_callback(callback.state_key): _state(callback) for callback in callbacks})
 
 

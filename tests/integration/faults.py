@@ -269,6 +269,43 @@ class Unprepared(DoubledWeights):
         self.count = tasks
 
 
+class DueNumber(DoubledWeights):
+    """A user's balancer that says how many batches it wants to see, not which."""
+
+    validates = True
+
+    def batches_due(self, step: int) -> int:
+        return step
+
+
+class UnsaidDue(DoubledWeights):
+    """A user's balancer that wants to see batches, and has not said so."""
+
+    def batches_due(self, step: int) -> range:
+        return range(1)
+
+
+class ShortBalancer(DoubledWeights):
+    """A user's balancer that leaves out what it does not look at."""
+
+    def after_step(self, step: int, train: torch.Tensor) -> None:
+        """Nothing."""
+
+
+class ShortHook(L.Callback):
+    """A user's callback that leaves out what it does not look at."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: MFTModule) -> None:
+        """Nothing."""
+
+
+class OtherSetup(L.Callback):
+    """A user's callback that calls the stage something else; Lightning gives it by its name."""
+
+    def setup(self, trainer: L.Trainer, pl_module: MFTModule, phase: str) -> None:
+        """Nothing."""
+
+
 class Unmade(L.Callback):
     """A user's callback with a mistake in its first line."""
 

@@ -10,11 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch import callbacks
 from lightning_utilities.core.imports import RequirementCache
 
 from mft_lightning.cli import main
+from mft_lightning.training.hooks import check_hooks
 from tests.conftest import ROOT
 from tests.integration.conftest import TASKS, metrics, same_weights, weights
 from tests.integration.layouts import apart, in_series
@@ -179,6 +182,21 @@ REFUSED = [
         "the state of tests.integration.faults.StateOfLocks (model.weighted_loss_mode) holds other things",
     ),
     (
+        f"--trainer.callbacks+={FAULTS}.ShortHook --dry_run",
+        "trainer.callbacks: ShortHook.on_train_batch_end cannot be called with what it is given (too many positional "
+        "arguments). Write it as on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx). See "
+        "docs/own_classes.md#callbacks.",
+    ),
+    (
+        f"--trainer.callbacks+={FAULTS}.OtherSetup",
+        "given (missing a required argument: 'phase'). Write it as setup(self, trainer, pl_module, stage).",
+    ),
+    (
+        f"--model.weighted_loss_mode {FAULTS}.ShortBalancer --dry_run",
+        "ShortBalancer.after_step cannot be called with what it is given (too many positional arguments). Write it as "
+        "after_step(self, step, train, valid).",
+    ),
+    (
         "--trainer.callbacks+=LearningRateFinder",
         "trainer.callbacks: LearningRateFinder does not work here. Use model.learning_rate.",
     ),
@@ -208,12 +226,30 @@ def test_what_cannot_be_used_is_refused(own: Path, refused: Callable[..., str], 
     assert message in refused(own / "run", *words.split())
 
 
-def test_weights_that_a_loss_cannot_take_end_the_run(
-    own: Path, fit_arguments: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("balancer", "message"),
+    [
+        ("DoubledWeights", "the weights of tests.integration.faults.DoubledWeights, tensor([2., 2., 2.]"),
+        ("DueNumber", "batches_due of tests.integration.faults.DueNumber gave 1. It has to give a range"),
+        ("UnsaidDue", "tests.integration.faults.UnsaidDue asks for validation batches, but has not said so"),
+    ],
+)
+def test_what_a_run_cannot_take_of_a_balancer_ends_it(
+    own: Path,
+    fit_arguments: Callable[..., list[str]],
+    capsys: pytest.CaptureFixture[str],
+    balancer: str,
+    message: str,
 ) -> None:
-    words = ("--model.weighted_loss_mode", f"{FAULTS}.DoubledWeights")
+    words = ("--model.weighted_loss_mode", f"{FAULTS}.{balancer}", "--evaluation.strategy", "none")
     assert main(["fit", *fit_arguments(own / "run", *words)]) == 1
-    assert "the weights of tests.integration.faults.DoubledWeights, tensor([2., 2., 2.]" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+def test_hooks_of_lightning_s_callbacks_can_be_called() -> None:
+    for name in callbacks.__all__:
+        kind = getattr(callbacks, name)
+        check_hooks("trainer.callbacks", kind.__new__(kind), L.Callback)
 
 
 @pytest.mark.parametrize(("package", "logger"), [("wandb", "WandbLogger"), ("mlflow", "MLFlowLogger")])
