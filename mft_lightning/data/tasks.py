@@ -130,12 +130,14 @@ def in_task_order(values: Mapping[Any, Any], names: Sequence[str], key: str, wha
     named = {str(name) if str(name) in names else name: value for name, value in values.items()}
     if len(named) < len(values):
         raise UserError(f"{key}: gives a task two values, as in {{2024: 1, '2024': 2}}. Leave one of each out.")
-    if set(named) != set(names):
-        wrong = sorted(set(named) ^ set(names), key=str)
-        other = [name for name in wrong if not isinstance(name, str)]
+    missing, unknown = [name for name in names if name not in named], [name for name in named if name not in names]
+    if missing or unknown:
+        other = [name for name in unknown if not isinstance(name, str)]
+        found = [(kind, which) for kind, which in (("missing", missing), ("unknown", unknown)) if which]
+        told = "; ".join(f"{kind}: {', '.join(map(repr, which))}" for kind, which in found)
         raise UserError(
-            f"{key}: give one {what} for each of {', '.join(names)} (see {wrong}){instead}."
-            + (f" {misread(other)}" if other else nearest(wrong[0], names) if wrong[0] not in names else "")
+            f"{key}: give one {what} for each of {', '.join(names)}{instead} ({told})."
+            + (f" {misread(other)}" if other else nearest(unknown[0], names) if unknown else "")
         )
     return [named[name] for name in names]
 

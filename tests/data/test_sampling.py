@@ -59,7 +59,7 @@ def test_a_setting_is_read_and_can_be_written_again(setting: Any, expected: Task
         ({"temperature": float("inf")}, "inf is no temperature"),
         ({"temperature": float("nan")}, "nan is no temperature"),
         ({"temperature": True}, "True is no temperature"),
-        ({"temperature": 2, "sums": 1}, "'code', 'temperature', 'tests'"),
+        ({"temperature": 2, "sums": 1}, "(missing: 'code', 'tests'; unknown: 'temperature')"),
         ({"temprature": 2}, "'temprature'"),
         ({"sums": 1, "code": 1}, "'tests'"),
         ({"sums": 1, "code": 1, "tests": 1, "cooking": 1}, "'cooking'"),

@@ -140,26 +140,27 @@ def test_two_values_for_one_task_are_an_error() -> None:
     [
         (
             {False: 1, "2024-01-01": 2, 1e3: 1},
-            "(see [1000.0, '1e3', False, 'no']). YAML reads names as 1000.0, False. Put them in quotes.",
+            " (missing: 'no', '1e3'; unknown: False, 1000.0). YAML reads names as False, 1000.0. Put them in quotes.",
         ),
         (
             {None: 1, "no": 1, "2024-01-01": 1, "1e3": 1},
-            "(see [None]). YAML reads a name as None. Put it in quotes.",
+            " (unknown: None). YAML reads a name as None. Put it in quotes.",
         ),
-        ({"no": 1, "1e3": 1}, "(see ['2024-01-01'])."),
+        ({"no": 1, "1e3": 1}, " (missing: '2024-01-01')."),
+        ({"2024-01": 1}, " (missing: 'no', '2024-01-01', '1e3'; unknown: '2024-01'). The nearest is 2024-01-01."),
     ],
 )
-def test_names_that_yaml_reads_as_something_else_are_told_as_they_were_read(
+def test_names_without_a_value_and_names_of_no_task_are_told_as_they_were_read(
     values: dict[object, float], told: str
 ) -> None:
     names = ["no", "2024-01-01", "1e3"]
     with pytest.raises(UserError) as caught:
         parse_task_weights(values, names)  # type: ignore[arg-type]
-    assert str(caught.value) == f"data.task_weights: give one weight for each of no, 2024-01-01, 1e3 {told}"
+    assert str(caught.value) == f"data.task_weights: give one weight for each of no, 2024-01-01, 1e3{told}"
     with pytest.raises(UserError) as caught:
         parse_task_sampling(values, names)
-    told = told.replace("]).", "]), or {temperature: T} alone.")
-    assert str(caught.value) == f"data.task_sampling: give one rate for each of no, 2024-01-01, 1e3 {told}"
+    told = f", or {{temperature: T}} alone{told}"
+    assert str(caught.value) == f"data.task_sampling: give one rate for each of no, 2024-01-01, 1e3{told}"
 
 
 def test_a_validation_directory_that_is_trained_on_is_refused(write_task: Callable[..., str], tmp_path: Path) -> None:
