@@ -14,6 +14,7 @@ _WARNINGS = (
     r".*isinstance\(treespec, LeafSpec\).*",  # lightning/pytorch/utilities/_pytree.py in 2.6 uses a deprecated API
     r"`is_gradient_checkpointing` is deprecated.*",  # peft 0.21 asks transformers 5.23 by the old name
     r".*does not have many workers which may be a bottleneck.*",  # the plan's batches are cut from memory
+    r"This DataLoader will create .* worker processes.*",  # twice for each loader; EvaluatedData.notes says it
     r"The number of training batches .* is smaller than the logging interval.*",  # steps are counted over epochs
     r"The `srun` command is available.*",  # on a cluster's front end; inside a job its lack is an error (layout.py)
     r".*sync_dist=True.* when logging on epoch level in distributed setting.*",  # what is logged is the same everywhere

@@ -43,6 +43,7 @@ def measure(config: Run, command: str, split: str) -> dict[str, float]:
     check_questions(config.settings.evaluation, datamodule)
     state = "before training" if module.built is None else "the model as it is"  # which Python may have trained
     checkpoint_io = build_for(config, checkpoint)
+    say(*datamodule.notes)
     trainer = evaluation_trainer(config.trainer_config, config.settings, checkpoint_io, config.output_dir)
     run = trainer.validate if command == "validate" else trainer.test
     run(

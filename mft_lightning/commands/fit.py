@@ -146,6 +146,7 @@ def _train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
     )
     if resumed is not None:
         notes += changed_layout(resumed.path, trainer.world_size, config.settings.parallel.tensor_parallel_size)
+    notes += datamodule.notes
     if settings.evaluation.samples_per_task and not shows_samples(keys):
         notes.append("note: evaluation.samples_per_task: trainer.logger: false shows no samples; none are asked.")
     if too_much and not config.dry_run:

@@ -101,6 +101,16 @@ class EvaluatedData(L.LightningDataModule):
         """Counts of each task's validation directory, where there are such."""
         return self.corpora[1].reports if self.valid_tasks else []
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of settings that work."""
+        if self.num_workers is None or self.num_workers <= (cores := available_cores()):
+            return []
+        return [
+            f"note: data.num_workers: {self.num_workers} processes load batches, more than the {cores} core(s) there "
+            "are. Leave it out for as many as suit them."
+        ]
+
     def load(self, *, stop: bool = True) -> list[Corpus]:
         """The records of the task directories and, where there are such, those of the validation directories, once.
 

@@ -67,6 +67,22 @@ def test_the_start(fit: Callable[..., Path], tmp_path: Path, capsys: pytest.Capt
     assert re.fullmatch(r"about 0\.0\d GiB of tensors in a step, of \d+\.\d GiB for each process", said["memory"])
 
 
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_more_loader_processes_than_cores_are_told_once(
+    fit_arguments: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+    command: str,
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})  # torch looks there too
+    words = ("--data.num_workers", "2", *(("--dry_run",) if command == "fit" else ()))
+    assert main([command, *fit_arguments(tmp_path / "run", *words)]) == 0
+    assert capsys.readouterr().out.count("note: data.num_workers: 2 processes load batches, more than the 1 core") == 1
+    assert not [one for one in recwarn if "worker processes" in str(one.message)]
+
+
 def test_a_run_that_does_not_fit_is_told_so_before_it_tries(
     fit: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
