@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import os
 import statistics
 import time
@@ -47,6 +48,12 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore(HERE, port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=options.ranks)
+    measure(rank, options)
+    gc.collect()  # what was shared holds gloo's threads, which must end before the process does
+    dist.destroy_process_group()
+
+
+def measure(rank: int, options: argparse.Namespace) -> None:
     mesh = init_device_mesh("cpu", (options.ranks,), mesh_dim_names=("tensor_parallel",))
     torch.manual_seed(0)
     whole = nn.Linear(options.hidden, options.vocabulary, bias=False)
@@ -74,7 +81,6 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
                     f"{off[1]:.0e} |",
                     flush=True,
                 )
-    dist.destroy_process_group()
 
 
 def main() -> None:

@@ -173,7 +173,11 @@ def test_what_cannot_be_kept_is_refused_by_its_key(tmp_path: Path, changed: dict
     [
         ('{\n  // the data\n  "data_paths": "a"\n}', ":2: is not valid JSON (Expecting property name"),
         ('{\n  "seed": 1, # mine\n  "data_paths": "a"\n}', "JSON has no comments: take them out."),
-        ('{\n  "seed": 1,\n}', ":3: is not valid JSON (Expecting property name enclosed in double quotes, column 1)."),
+        ('{\n  "seed": 1,\n}', "JSON has no comma after the last value: take it out."),
+        (
+            '{\n  "seed": 1,\n  2}',
+            ":3: is not valid JSON (Expecting property name enclosed in double quotes, column 3).",
+        ),
         ('{"seed": NaN}', "NaN is no number of JSON"),
         ('{"seed": 1, "seed": 2}', "seed stands twice"),
         ("{", ":1: is not valid JSON"),
