@@ -33,10 +33,12 @@ from mft_lightning.training.balancing import check_balancing
 from mft_lightning.training.checkpoint_choice import find_checkpoints
 from mft_lightning.training.checkpoint_io import HFCheckpointIO
 from mft_lightning.training.evaluation import Evaluation
+from mft_lightning.training.launcher import LaunchedStrategy
 from mft_lightning.training.own_classes import tell_loggers
 from mft_lightning.training.questions import check_questions, samples_per_task
 from mft_lightning.training.run import Run
 from mft_lightning.training.run_lock import only_run_in
+from mft_lightning.training.same_files import check_same_files
 from mft_lightning.training.same_run import changed_layout, check_start
 from mft_lightning.training.signals import GracefulStop
 from mft_lightning.training.stages import find_callback
@@ -132,6 +134,9 @@ def _train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
         samples_per_task=samples_per_task(settings.evaluation, datamodule) if settings.evaluation.enabled else 0,
         extra_callbacks=[stop, WriteConfig(config)],
     )
+    if isinstance(trainer.strategy, LaunchedStrategy):
+        begun, sharded = resumed.step if resumed else 0, settings.checkpoint.sharded
+        trainer.strategy.check_together = partial(check_same_files, config.output_dir, begun, sharded=sharded)
     if module.compile_layers:
         require_compiler(trainer.strategy.root_device)
     memory, too_much = _memory(trainer, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -177,7 +178,9 @@ class HFCheckpointIO(CheckpointIO):
         try:
             if not self.module.trainer.is_global_zero:
                 self.shard_writer.meet()
-                self.shard_writer.write(aside_of(path), parts)
+                if not (aside := aside_of(path)).is_dir():  # which torch would make, on a host with other files
+                    raise OSError(f"{aside} of the first rank is not seen on the host {socket.gethostname()}")
+                self.shard_writer.write(aside, parts)
                 return
             with written_aside(path, replace_directory=True) as aside:
                 aside.mkdir()

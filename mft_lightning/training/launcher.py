@@ -158,10 +158,12 @@ class LaunchedStrategy(ParallelStrategy):
     Attributes:
         command: the words that start a further rank.
         num_nodes: machines.
+        check_together: what all ranks do when they have met, before anything is written; it may raise.
     """
 
     command: Sequence[str]
     num_nodes: int
+    check_together: Callable[[], None] | None = None
 
     def adopt(self, given: Any, command: Sequence[str]) -> None:
         """Take over the settings of a strategy that the configuration made, which is not used any further.
@@ -183,9 +185,14 @@ class LaunchedStrategy(ParallelStrategy):
             self._launcher = RankLauncher(environment, len(self.parallel_devices), self.num_nodes, self.command)
 
     def setup_environment(self) -> None:
-        """Also wait until all ranks have checked all there is to check, so that nothing is written before."""
         super().setup_environment()
+        self.meet()
+
+    def meet(self) -> None:
+        """Wait until all ranks have checked all there is to check, so that nothing is written before."""
         ranks.wait_for_all("checked")
+        if self.check_together is not None:
+            self.check_together()
         self.barrier("checked")
 
     @property

@@ -16,7 +16,6 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mft_lightning import ranks
 from mft_lightning.errors import NotYetError, UserError
 from mft_lightning.model.module import MFTModule
 from mft_lightning.training.launcher import LaunchedStrategy
@@ -71,8 +70,7 @@ class ZeroStrategy(LaunchedStrategy, DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)  # without Lightning's check, which was made before
-        ranks.wait_for_all("checked")
-        self.barrier("checked")
+        self.meet()
 
     def setup_distributed(self) -> None:
         import deepspeed
