@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,6 +178,23 @@ def test_a_changed_conversation_is_refused(
     message = refused(run, *words, "--trainer.max_steps", "6", "--ckpt_path", "last")
     assert message.count("(digest) was") == 1 and f"{part} tokens (digest) was" in message
     assert "go on regardless with --checkpoint.allow_changes true. What is lost: " in message
+
+
+def test_another_tokenizer_is_refused(
+    fit: Callable[..., Path], refused: Callable[..., str], tiny_model: Path, tmp_path: Path
+) -> None:
+    """Though it gives every conversation the same tokens: two bytes that UTF-8 never has are the other way round."""
+    run = fit(tmp_path / "run", "--trainer.max_steps", "2")
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["ÿ"], vocabulary["þ"] = vocabulary["þ"], vocabulary["ÿ"]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    words = ("--model.pretrained_model_path", str(other), "--trainer.max_steps", "3", "--ckpt_path", "last")
+    message = refused(run, *words)
+    assert re.search(r"another run: tokenizer \(digest\) was '\w+', is '\w+'\. Set them back\.", message)
+    assert "--checkpoint.allow_changes true. What is lost: " in message
+    fit(run, *words, "--checkpoint.allow_changes", "true")
 
 
 def test_what_may_change_goes_on_if_allowed_and_says_what_is_lost(
