@@ -17,6 +17,7 @@ from mft_lightning.quiet import quieten
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+DROPPING = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 
 torch.set_num_threads(1)  # two cores, and tests may run side by side
 quieten()

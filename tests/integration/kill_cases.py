@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.conftest import TINY
+from tests.conftest import DROPPING, TINY
 from tests.integration.conftest import ROOT, TASKS
 
 STEPS = 30  # optimizer steps of a run, five an epoch
@@ -68,10 +68,10 @@ CASES = (
 
 
 def prepare(directory: Path) -> None:
-    """Put a tiny model without weights and the shortest conversations of the examples below ``directory``."""
+    """Put a tiny model with dropout, without weights, and the examples' shortest conversations below ``directory``."""
     model = directory / "model"
     shutil.copytree(ROOT / "examples" / "model", model)
-    config = json.loads((model / "config.json").read_text()) | TINY
+    config = json.loads((model / "config.json").read_text()) | TINY | DROPPING
     (model / "config.json").write_text(json.dumps(config))
     for task in TASKS:
         lines = (ROOT / "examples" / "quickstart" / task / "part_0.jsonl").read_text().splitlines(keepends=True)
