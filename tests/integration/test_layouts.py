@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import DROPPING
 from tests.integration.conftest import checkpoints, metrics, same_weights, weights
 from tests.integration.layouts import apart, differ, in_series
 
@@ -39,8 +40,7 @@ def dropping_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     directory = tmp_path_factory.mktemp("dropping")
     for file in tiny_model.iterdir():
         (directory / file.name).write_bytes(file.read_bytes())
-    config = json.loads((directory / "config.json").read_text())
-    config |= {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    config = json.loads((directory / "config.json").read_text()) | DROPPING
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
@@ -90,6 +90,7 @@ def test_a_layout_takes_the_steps_of_one_process(
 
     assert printed.count("trained to step") == len(lines)  # said by one rank
     assert f"{ranks} x cpu, {strategy}" in printed
+    assert printed.count(" go on where 1 process(es) left off, over the same global batches.") == len(KINDS)
     for kind in KINDS:
         assert differ(metrics(one_process / f"{kind}32"), metrics(tmp_path / f"{kind}32")) < LOSS
         assert checkpoints(tmp_path / f"{kind}32") == checkpoints(one_process / f"{kind}32")
