@@ -81,7 +81,11 @@ def test_a_layout_takes_the_steps_of_one_process(
 
     for kind in KINDS:
         run(f"{kind}32", kind, *_of(kind))
-        from_one = ("--ckpt_path", str(one_process / f"{kind}64" / HALF), *(OTHERWISE[kind] if layout == "fsdp2" else ()))
+        from_one = (
+            "--ckpt_path",
+            str(one_process / f"{kind}64" / HALF),
+            *(OTHERWISE[kind] if layout == "fsdp2" else ()),
+        )
         run(f"{kind}64-from-one", kind, *_of(kind), *FLOAT64, *from_one)
         if not resumed:
             continue
