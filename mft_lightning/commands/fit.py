@@ -114,6 +114,7 @@ def _train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
     )
     total_steps = datamodule.plan.total_steps(keys["max_epochs"], keys["max_steps"])
     if resumed is not None and resumed.step >= total_steps:
+        _agree(config, resumed.step)
         if ranks.is_first() and not config.dry_run:
             settle(config, resumed)
         print(
@@ -158,6 +159,7 @@ def _train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
         notes.append(f"note: {too_much}")
     say(*plan, *notes)
     if config.dry_run:
+        _agree(config, resumed.step if resumed else 0)
         next(iter(datamodule.train_dataloader()))
         if too_much:
             raise UserError(too_much)
@@ -172,6 +174,13 @@ def _train(config: Run) -> tuple[L.Trainer | None, signal.Signals | None]:
             f"stopped by {stop.received.name}{'' if trainer.global_step < total_steps else ' when all steps were done'}"
         )
     return trainer, stop.received
+
+
+def _agree(config: Run, step: int) -> None:
+    """What ranks do together before they train, where a rank does not train; those of a launcher have met already."""
+    if ranks.are_several():
+        ranks.wait_for_all("checked")
+        check_same_files(config.output_dir, step, sharded=False)
 
 
 def _memory(trainer: L.Trainer, config: Run) -> tuple[str, str]:

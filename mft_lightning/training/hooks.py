@@ -24,10 +24,17 @@ def check_hooks(key: str, own: object, base: type) -> None:
         if name.startswith("_") or NOT_IN_TRAINING & set(name.split("_")):
             continue
         _, *given = inspect.signature(declared).parameters
+        hook = getattr(own, name)
+        if not callable(hook):  # which Lightning passes over
+            continue
         given = [one for one in given if one != "dataloader_idx"]  # of several loaders, which there are not here
         by_name = {one: one for one in given if one == "stage"}
         try:
-            inspect.signature(getattr(own, name)).bind(*[one for one in given if one not in by_name], **by_name)
+            signature = inspect.signature(hook, follow_wrapped=False)  # what a decorator made is what is called
+        except ValueError:  # a built-in, which does not say
+            continue
+        try:
+            signature.bind(*[one for one in given if one not in by_name], **by_name)
         except TypeError as error:
             raise UserError(
                 f"{key}: {type(own).__name__}.{name} cannot be called with what it is given ({error}). Write it as "

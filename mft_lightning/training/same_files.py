@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from mft_lightning import ranks
@@ -29,8 +31,17 @@ def check_same_files(output_dir: Path, resumed_step: int, *, sharded: bool) -> N
             f"--ckpt_path: the host {host} would begin at step {resumed_step}, another at step {step}: they do not see "
             "the same checkpoints. Let all hosts see the same files, or put the checkpoint on each of them."
         )
-    if sharded and not (output_dir / LOCK).exists():
+    if sharded and not _is_seen(output_dir / LOCK):
         raise UserError(
             f"checkpoint.sharded: the host {host} does not see {output_dir} of the first rank, where every rank writes "
             "its part. Give an output_dir that all hosts see, or save without it."
         )
+
+
+def _is_seen(file: Path) -> bool:
+    for directory in reversed(
+        file.parents
+    ):  # NFS asks anew when they are opened, and else remembers what was not there
+        with suppress(OSError):
+            os.close(os.open(directory, os.O_RDONLY))
+    return file.exists()

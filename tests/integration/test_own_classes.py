@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import functools
 import re
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -250,6 +252,24 @@ def test_hooks_of_lightning_s_callbacks_can_be_called() -> None:
     for name in callbacks.__all__:
         kind = getattr(callbacks, name)
         check_hooks("trainer.callbacks", kind.__new__(kind), L.Callback)
+
+
+def test_hooks_that_a_decorator_made_or_that_are_switched_off_can_be_called() -> None:
+    def timed(hook: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(hook)
+        def call(self: object, trainer: object, *rest: object) -> None:
+            hook(self, trainer, time.perf_counter())
+
+        return call
+
+    class Timed(L.Callback):
+        on_train_end = None
+
+        @timed
+        def on_train_batch_end(self, trainer: object, seconds: float) -> None:
+            pass
+
+    check_hooks("trainer.callbacks", Timed(), L.Callback)
 
 
 @pytest.mark.parametrize(("package", "logger"), [("wandb", "WandbLogger"), ("mlflow", "MLFlowLogger")])
