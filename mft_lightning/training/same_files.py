@@ -39,9 +39,8 @@ def check_same_files(output_dir: Path, resumed_step: int, *, sharded: bool) -> N
 
 
 def _is_seen(file: Path) -> bool:
-    for directory in reversed(
-        file.parents
-    ):  # NFS asks anew when they are opened, and else remembers what was not there
+    # NFS asks anew when directories are opened, and else remembers for a while what was not there.
+    for directory in reversed(file.parents):
         with suppress(OSError):
             os.close(os.open(directory, os.O_RDONLY))
     return file.exists()
