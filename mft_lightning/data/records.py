@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from reprlib import Repr
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from mft_lightning.data.lines import MAX_LINE
 
@@ -28,8 +29,7 @@ _SHORT.maxstring = 60
 _STRANGE = {"\0": "a NUL, as in UTF-16,", "\ufeff": "a BOM (byte order mark)"}  # where JSON would have a value
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):  # one is made for every turn of every record, which takes a dataclass three times as long
     role: Role
     content: str
 
@@ -74,15 +74,15 @@ def parse_record(raw: bytes) -> Conversation:
         BadRecord: with the reason and the field.
     """
     record = parse_object(raw)
-    named = _named_turns(record, answered=True)
-    if named is None:
+    turns = _turns(record, answered=True)
+    if turns is None:
         text = _text(record, "text")
         if not text:
             raise BadRecord("empty-text", "text: is empty")
         return Conversation(text=text)
-    if not any(turn.role == "bot" for _, turn in named):
+    if not any(turn.role == "bot" for turn in turns):
         raise BadRecord("no-bot-turn", f"{_field(record)}: has no bot turn to learn from")
-    return Conversation(turns=tuple(turn for _, turn in named))
+    return Conversation(turns=tuple(turns))
 
 
 def parse_question(raw: bytes) -> Question:
@@ -95,10 +95,9 @@ def parse_question(raw: bytes) -> Question:
         BadRecord: with the reason and the field.
     """
     record = parse_object(raw)
-    named = _named_turns(record, answered=False)
-    if named is None:
+    turns = _turns(record, answered=False)
+    if turns is None:
         raise BadRecord("text", "text: is plain text without a turn to answer")
-    turns = [turn for _, turn in named]
     reference = turns.pop().content if turns and turns[-1].role == "bot" else None
     if not turns or turns[-1].role != "human":
         raise BadRecord("no-question", f"{_field(record)}: has no human turn to answer")
@@ -109,12 +108,11 @@ def _field(record: dict[str, Any]) -> str:
     return next(field for field in ("chat_rounds", "messages", "answer", "prompt") if field in record)
 
 
-def _named_turns(record: dict[str, Any], *, answered: bool) -> list[tuple[str, Turn]] | None:
-    """The turns in order, each with its place in the record; None for a plain ``text``."""
+def _turns(record: dict[str, Any], *, answered: bool) -> list[Turn] | None:
+    """The turns in order; None for a plain ``text``."""
     for field in ("chat_rounds", "messages"):
         if field in record:
-            turns = turns_of(record, field, learnt=answered)
-            return _checked_order([(f"{field}[{i}]", turn) for i, turn in enumerate(turns)])
+            return _checked_order(turns_of(record, field, learnt=answered), (field + "[{}]").format)
     if "prompt" in record or "answer" in record:
         fields: dict[str, Role] = {"prompt": "human", "answer": "bot"}
         if record.get("system") is not None:
@@ -123,7 +121,8 @@ def _named_turns(record: dict[str, Any], *, answered: bool) -> list[tuple[str, T
             del fields["answer"]
         elif "answer" not in record and (named := [name for name in ANSWERS if name in record]):
             raise BadRecord("missing-content", f"answer: is missing; {named[0]} is called answer here: rename it")
-        return _checked_order([(field, Turn(role, _text(record, field))) for field, role in fields.items()])
+        turns = [Turn(role, _text(record, field)) for field, role in fields.items()]
+        return _checked_order(turns, list(fields).__getitem__)
     if "text" in record:
         return None
     other = next((name for field, name in ELSEWHERE.items() if field in record), None)
@@ -198,18 +197,25 @@ def turns_of(record: dict[str, Any], field: str, *, learnt: bool = True) -> list
         raise BadRecord("bad-rounds", f"{field}: is {type(rounds).__name__}, not a list")
     turns = []
     for i, item in enumerate(rounds):
-        where = f"{field}[{i}]"
-        if not isinstance(item, dict):
-            raise BadRecord("bad-rounds", f"{where}: is {type(item).__name__}, not an object")
-        role = ROLE_ALIASES.get(item["role"]) if isinstance(item.get("role"), str) else None
-        if role is None:
-            known = ", ".join(ROLE_ALIASES)
-            raise BadRecord("unknown-role", f"{where}.role: {_SHORT.repr(item.get('role'))} is none of {known}")
-        refuse_calls(item, f"{where}.")
-        if learnt:
-            refuse_weight(item, f"{where}.")
-        turns.append(Turn(role, _content(item, f"{where}.")))
+        try:
+            turns.append(_turn(item, learnt))
+        except BadRecord as error:
+            raise BadRecord(error.reason, f"{field}[{i}]{error.detail}") from error
     return turns
+
+
+def _turn(item: Any, learnt: bool) -> Turn:
+    """A turn of ``chat_rounds`` or ``messages``; an error's detail goes on behind the turn's place."""
+    if not isinstance(item, dict):
+        raise BadRecord("bad-rounds", f": is {type(item).__name__}, not an object")
+    role = ROLE_ALIASES.get(item["role"]) if isinstance(item.get("role"), str) else None
+    if role is None:
+        known = ", ".join(ROLE_ALIASES)
+        raise BadRecord("unknown-role", f".role: {_SHORT.repr(item.get('role'))} is none of {known}")
+    refuse_calls(item, ".")
+    if learnt:
+        refuse_weight(item, ".")
+    return Turn(role, _content(item, "."))
 
 
 def refuse_calls(given: dict[str, Any], where: str = "") -> None:
@@ -222,6 +228,8 @@ def refuse_calls(given: dict[str, Any], where: str = "") -> None:
     Raises:
         BadRecord: it has.
     """
+    if given.keys().isdisjoint(CALLS):  # as nearly all are, each turn of each record
+        return
     if found := [name for name in CALLS if given.get(name)]:
         raise BadRecord("tools", f"{where}{found[0]}: calls of functions are no part of a conversation here")
 
@@ -252,13 +260,19 @@ def _content(item: dict[str, Any], where: str) -> str:
     return "".join(_text(part, "text", f"{where}content[{i}].") for i, part in enumerate(content))
 
 
-def _checked_order(named: list[tuple[str, Turn]]) -> list[tuple[str, Turn]]:
-    """A system turn only in front; then human and bot in alternation, human first; an answer in every bot turn."""
-    start = 1 if named and named[0][1].role == "system" else 0
-    for i, (name, turn) in enumerate(named[start:]):
+def _checked_order(turns: list[Turn], place: Callable[[int], str]) -> list[Turn]:
+    """A system turn only in front; then human and bot in alternation, human first; an answer in every bot turn.
+
+    Args:
+        turns: in order.
+        place: of a turn in the record, by its number.
+    """
+    start = 1 if turns and turns[0].role == "system" else 0
+    for i, turn in enumerate(turns[start:]):
         expected = "human" if i % 2 == 0 else "bot"
         if turn.role != expected:
-            raise BadRecord("role-order", f"{name}: is a {turn.role} turn where a {expected} turn must stand")
+            what = f"is a {turn.role} turn where a {expected} turn must stand"
+            raise BadRecord("role-order", f"{place(start + i)}: {what}")
         if turn.role == "bot" and not turn.content:
-            raise BadRecord("empty-answer", f"{name}: the bot's answer is empty")
-    return named
+            raise BadRecord("empty-answer", f"{place(start + i)}: the bot's answer is empty")
+    return turns
