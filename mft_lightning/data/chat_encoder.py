@@ -10,13 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-
-from tokenizers import Tokenizer
+from typing import NamedTuple
 
 from mft_lightning.data.records import BadRecord, Conversation
 
-AT_ONCE = 32  # texts that the tokenizer is given; what it makes of more falls out of the processor's cache
 ROLE_START, ROLE_END = "<|role_start|>", "<|role_end|>"
 
 # The original's `punctuation_format`: no-break spaces to spaces, full-width signs to ASCII.
@@ -27,8 +24,7 @@ _PUNCTUATION = str.maketrans(
 )
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A text that is encoded as one string, or that one token stands for.
 
     Attributes:
@@ -60,34 +56,6 @@ class Encoded:
 
 def marker(role: str) -> str:
     return f"{ROLE_START}{role}{ROLE_END}"
-
-
-class PlainTexts:
-    """Texts to ids by a tokenizer of the tokenizers library, every text as plain text.
-
-    Args:
-        serialized: the tokenizer, as its ``to_str`` gives it. A tokenizer of its own is made from it at first use, so
-            that what others set on theirs does not count.
-    """
-
-    def __init__(self, serialized: str) -> None:
-        self.serialized = serialized
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        parts = (texts[start : start + AT_ONCE] for start in range(0, len(texts), AT_ONCE))
-        encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
-        return [encoding.ids for part in parts for encoding in encode(part)]
-
-    def __reduce__(self) -> tuple[type[PlainTexts], tuple[str]]:
-        return type(self), (self.serialized,)
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        tokenizer = Tokenizer.from_str(self.serialized)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # a control token written in a text is text
-        return tokenizer
 
 
 class ChatEncoder:

@@ -8,7 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from mft_lightning.data.chat_encoder import ChatEncoder, PlainTexts, marker
+from mft_lightning.data.chat_encoder import ChatEncoder, marker
+from mft_lightning.data.plain_texts import PlainTexts
 from mft_lightning.data.records import ROLES, Conversation, Turn
 from mft_lightning.errors import UserError
 

@@ -29,10 +29,10 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
 from mft_lightning.bars import WorkBar
-from mft_lightning.data.chat_encoder import PlainTexts
 from mft_lightning.data.chat_format import ChatFormat
 from mft_lightning.data.encoding import encode_blocks
 from mft_lightning.data.lines import Block, read_blocks
+from mft_lightning.data.plain_texts import PlainTexts
 from mft_lightning.data.task_files import find_files
 from mft_lightning.data.tasks import Task
 from mft_lightning.data.token_store import DamagedFile, EncodedFile, TokenStore, schema, unwritable, write_batches
