@@ -34,6 +34,7 @@ def measure(case: str, conversations: int, packed: bool) -> None:
     from mft_lightning.data.batch_sizes import derive_batch_sizes
     from mft_lightning.data.plan import Plan
     from mft_lightning.data.sampling import TaskSampling
+    from mft_lightning.data.whole_steps import in_whole_steps
 
     before = peak()
     rng = np.random.default_rng(0)
@@ -47,6 +48,7 @@ def measure(case: str, conversations: int, packed: bool) -> None:
     if "temperature" in case:
         tasks = np.repeat(np.arange(4), np.array([50, 30, 15, 5]) * conversations // 100)
         draws = TaskSampling(temperature=2.0).draws(tasks, ["a", "b", "c", "d"], seed=1)
+        draws = in_whole_steps(draws, lengths, tokens) if draws and tokens else draws
     plan = Plan(lengths=lengths, sizes=sizes, packed=packed, seed=1, draws=draws)
     planned = 0
     for step in range(plan.steps_per_epoch):

@@ -121,7 +121,7 @@ def batch_line(datamodule: MFTDataModule) -> str:
         said = f"{sizes.total} {unit} a step = {sizes.accumulation} micro-batch(es) of {sizes.per_device}"
         said += f" on each of {datamodule.devices} devices" if datamodule.devices > 1 else ""
     else:
-        mean = (len(plan.lengths) - plan.left_out) / plan.steps_per_epoch
+        mean = (plan.drawn - plan.left_out) / plan.steps_per_epoch
         said = f"up to {sizes.tokens:,} tokens a step ({plan.fill:.1%} filled), {mean:.1f} {unit} on average, in "
         if sizes.per_device is None:
             said += f"{sizes.accumulation} micro-batch(es)"
@@ -137,13 +137,12 @@ def sampling_line(plan: Plan, names: Sequence[str]) -> str:
     """Each task's share of the draws, how often an epoch sees each of its conversations, and draws without a place."""
     draws = plan.draws
     assert draws is not None
-    total = sum(draws.per_epoch)
     parts = [
-        f"{name} {drawn / total:.1%} ({drawn / len(members):.2f} times an epoch)"
+        f"{name} {drawn / plan.drawn:.1%} ({drawn / len(members):.2f} times an epoch)"
         for name, drawn, members in zip(names, draws.per_epoch, draws.members, strict=True)
     ]
     if plan.sizes.tokens is not None:
-        parts.append(f"{plan.left_out:,} of {total:,} draws left out of the first epoch for want of room")
+        parts.append(f"{plan.left_out:,} of {plan.drawn:,} draws left out of the first epoch for want of room")
     return ", ".join(parts)
 
 

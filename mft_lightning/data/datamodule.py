@@ -24,6 +24,7 @@ from mft_lightning.data.tasks import find_tasks, find_validation_tasks, parse_ta
 from mft_lightning.data.token_cache import CacheSettings, default_cache_dir
 from mft_lightning.data.token_table import RecordTable
 from mft_lightning.data.tokenizer import add_role_tokens, load_tokenizer, vocabulary_digest
+from mft_lightning.data.whole_steps import in_whole_steps
 from mft_lightning.errors import UserError
 from mft_lightning.shipped import expanded, shipped_example
 from mft_lightning.words import check_words
@@ -186,14 +187,11 @@ class MFTDataModule(EvaluatedData):
         Raises:
             UserError: a sampling rate at which an epoch sees nothing of a task.
         """
-        table = self.table("train")
-        return Plan(
-            lengths=table.lengths,
-            sizes=self.batch_sizes,
-            packed=self.packed,
-            seed=self.seed,
-            draws=self.task_sampling.draws(table.tasks, self.task_names, self.seed),
-        )
+        table, sizes = self.table("train"), self.batch_sizes
+        draws = self.task_sampling.draws(table.tasks, self.task_names, self.seed)
+        if draws is not None and sizes.tokens is not None:
+            draws = in_whole_steps(draws, table.lengths, sizes.tokens)
+        return Plan(lengths=table.lengths, sizes=sizes, packed=self.packed, seed=self.seed, draws=draws)
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:

@@ -81,7 +81,12 @@ class Plan:
     @property
     def left_out(self) -> int:
         """Draws of the first epoch that its batches have no room for."""
-        return len(self.lengths) - len(self.epoch(0).order)
+        return self.drawn - len(self.epoch(0).order)
+
+    @property
+    def drawn(self) -> int:
+        """What an epoch draws: as many as there are conversations, but for ``draws`` of another total."""
+        return len(self.lengths) if self.draws is None else sum(self.draws.per_epoch)
 
     def total_steps(self, max_epochs: int | None, max_steps: int | None) -> int:
         """Optimizer steps of a run that ends at whichever limit comes first; None and -1 are no limit.
@@ -116,7 +121,7 @@ class Plan:
 
     def _form(self, number: int) -> Epoch:
         steps, budget = self.steps_per_epoch, self.sizes.tokens
-        order = np.random.default_rng([self.seed, number]).permutation(np.arange(len(self.lengths), dtype=np.int32))
+        order = np.random.default_rng([self.seed, number]).permutation(np.arange(self.drawn, dtype=np.int32))
         if self.draws is not None:
             order = self.draws.drawn(number)[order]
         if budget is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, floor, inf, log
 from typing import Any
 
@@ -39,7 +39,7 @@ class TaskSampling:
     def draws(self, tasks: np.ndarray, names: Sequence[str], seed: int) -> TaskDraws | None:
         """What is drawn from training conversations of these task numbers; None where it is each of them once.
 
-        An epoch has as many draws as there are conversations. Every task has at least one.
+        Every task has at least one draw, and all of them together as many as there are conversations.
 
         Raises:
             UserError: a rate so small that an epoch would see nothing of its task.
@@ -102,6 +102,12 @@ class TaskDraws:
         if passes == 1:
             return rng.permutation(members)
         return rng.permuted(np.tile(members, (passes, 1)), axis=1).ravel()
+
+    def resized(self, total: int) -> TaskDraws:
+        """With this many draws in an epoch at the same rates, and still one of every task at least."""
+        shares = [draws / sum(self.per_epoch) for draws in self.per_epoch]
+        per_epoch = tuple(max(1, draws) for draws in _largest_remainders(shares, total))
+        return replace(self, per_epoch=per_epoch)
 
     def typical(self, values: np.ndarray) -> np.ndarray:
         """Values of conversations as a typical epoch has them: of each task evenly over its order, ``[draws]``."""
