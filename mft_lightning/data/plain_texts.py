@@ -9,7 +9,7 @@ from itertools import groupby
 from tokenizers import Tokenizer
 from tokenizers.normalizers import NFC, NFD, NFKC, NFKD
 
-AT_ONCE = 1 << 14  # characters that the library is given: of fewer its threads cost more, more leave the cache
+AT_ONCE = 1 << 14  # characters given to the library: fewer cost more of handing over, more leave the processor's cache
 
 
 class PlainTexts:

@@ -215,7 +215,7 @@ def _turn(item: Any, learnt: bool) -> Turn:
     refuse_calls(item, ".")
     if learnt:
         refuse_weight(item, ".")
-    return Turn(role, _content(item, "."))
+    return Turn(role, _content(item))
 
 
 def refuse_calls(given: dict[str, Any], where: str = "") -> None:
@@ -248,16 +248,16 @@ def refuse_weight(turn: dict[str, Any], where: str) -> None:
         raise BadRecord("weight", f"{where}weight: is {_SHORT.repr(weight)}, and every answer is learnt from here")
 
 
-def _content(item: dict[str, Any], where: str) -> str:
-    """A text, or a list of parts that are texts, one after the other."""
+def _content(item: dict[str, Any]) -> str:
+    """What a turn says: a text, or a list of parts that are texts, one after the other."""
     content = item.get("content")
     if not isinstance(content, list):
-        return _text(item, "content", where)
+        return _text(item, "content", ".")
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise BadRecord("no-text", f"{where}content[{i}]: is {_SHORT.repr(kind)}, and only texts are read")
-    return "".join(_text(part, "text", f"{where}content[{i}].") for i, part in enumerate(content))
+            raise BadRecord("no-text", f".content[{i}]: is {_SHORT.repr(kind)}, and only texts are read")
+    return "".join(_text(part, "text", f".content[{i}].") for i, part in enumerate(content))
 
 
 def _checked_order(turns: list[Turn], place: Callable[[int], str]) -> list[Turn]:

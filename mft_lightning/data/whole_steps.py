@@ -1,7 +1,7 @@
 """Draws at rates, a few more or fewer of them than asked, so that steps of a token budget are full.
 
-Where every conversation is seen once an epoch, its tokens are what they are, and the last step may be part empty. At
-rates an epoch ends where it is said to, so it is said to end with a step.
+Where every conversation is seen once an epoch, the last step of an epoch may be part empty. At rates an epoch may have
+any number of draws, so it has one that ends with a full step.
 """
 
 from __future__ import annotations
