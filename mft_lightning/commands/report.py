@@ -141,6 +141,8 @@ def sampling_line(plan: Plan, names: Sequence[str]) -> str:
         f"{name} {drawn / plan.drawn:.1%} ({drawn / len(members):.2f} times an epoch)"
         for name, drawn, members in zip(names, draws.per_epoch, draws.members, strict=True)
     ]
+    if plan.drawn != len(plan.lengths):
+        parts.append(f"{plan.drawn:,} draws an epoch of {len(plan.lengths):,}, so that its steps are full")
     if plan.sizes.tokens is not None:
         parts.append(f"{plan.left_out:,} of {plan.drawn:,} draws left out of the first epoch for want of room")
     return ", ".join(parts)

@@ -9,7 +9,6 @@ tokens of their own, each content is encoded alone, and so is every content of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from mft_lightning.data.records import BadRecord, Conversation
@@ -38,8 +37,7 @@ class Segment(NamedTuple):
     token: int | None = None
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(NamedTuple):
     """Token ids, and where they are supervised: flat ``[start, end, start, end, …]`` places in ``input_ids``."""
 
     input_ids: list[int]
@@ -136,10 +134,10 @@ class ChatEncoder:
     def _joined(self, segments: Sequence[Segment], encoded: Iterator[list[int]]) -> Encoded:
         input_ids: list[int] = []
         spans: list[int] = []
-        for segment in segments:
+        for _, answer, token in segments:
             start = len(input_ids)
-            input_ids += next(encoded) if segment.token is None else [segment.token]
-            if segment.answer:
+            input_ids += next(encoded) if token is None else [token]
+            if answer:
                 input_ids.append(self.eos_token_id)
                 if not self.pretrain:
                     spans += (start, len(input_ids))

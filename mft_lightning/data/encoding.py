@@ -34,7 +34,7 @@ WAITING = 3  # blocks that are read ahead for each process, so that none waits f
 
 def digest_of(input_ids: Sequence[int], spans: Sequence[int]) -> int:
     """Tells records apart that differ in a token or its supervision: 64 bits, whatever the machine and the id type."""
-    told = array("I", [len(input_ids), *input_ids, *spans])
+    told = array("I", [len(input_ids)]) + array("I", input_ids) + array("I", spans)
     if sys.byteorder == "big":
         told.byteswap()
     return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
@@ -74,18 +74,21 @@ def encode_block(block: Block, encoder: ChatEncoder, id_type: str) -> pa.RecordB
         reasons.append(reason)
         details.append(detail)
         conversations.append(segments)
-    ids, spans, digests = array("H" if id_type == "uint16" else "I"), array("i"), array("Q")
+    ids, spans, digests = array("I"), array("i"), array("Q")
     id_ends, span_ends = array("i", [0]), array("i", [0])
     for encoded in encoder.encode_segments(conversations):
-        ids.fromlist(encoded.input_ids)
+        own = array("I", encoded.input_ids)
+        ids += own
         spans.fromlist(encoded.spans)
-        digests.append(digest_of(encoded.input_ids, encoded.spans))
+        digests.append(digest_of(own, encoded.spans))
         id_ends.append(len(ids))
         span_ends.append(len(spans))
     form = schema(id_type)
     columns = [
         pa.array(np.asarray(numbers)),
-        pa.ListArray.from_arrays(np.asarray(id_ends), pa.array(np.asarray(ids)), type=form.field("input_ids").type),
+        pa.ListArray.from_arrays(
+            np.asarray(id_ends), pa.array(np.asarray(ids, id_type)), type=form.field("input_ids").type
+        ),
         pa.ListArray.from_arrays(np.asarray(span_ends), pa.array(np.asarray(spans)), type=form.field("spans").type),
         pa.array(np.asarray(digests)),
         pa.array(reasons, pa.string()),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from gzip import GzipFile
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mft_lightning.errors import UserError, first_line
 
@@ -20,8 +20,7 @@ MAX_LINE = 8 << 20  # bytes of a line before its LF
 _BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """A line that is not blank: where it stands and its bytes, without the line end and blanks around it.
 
     Of a line longer than ``MAX_LINE`` there are the first ``MAX_LINE + 1`` bytes as they stand.

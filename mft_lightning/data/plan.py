@@ -66,7 +66,7 @@ class Plan:
         """Optimizer steps of every epoch, the same for all of them."""
         if self.sizes.tokens is None:
             assert self.sizes.total is not None
-            return ceil(len(self.lengths) / self.sizes.total)
+            return ceil(self.drawn / self.sizes.total)
         lengths = self.lengths if self.draws is None else self.draws.typical(self.lengths)
         return count_batches(lengths, self.sizes.tokens)
 
@@ -107,7 +107,7 @@ class Plan:
         """All global batches of an epoch; the last one asked for is kept.
 
         Where tokens are counted and tasks are drawn at rates, the tokens of an epoch vary while its steps do not: of
-        an epoch that has too many, the last draws are left out (0.1%, 0.2%, 0.4%, ..., at least one) until it fits.
+        an epoch that has too many, the last draws are left out, to 0.1% as few as can be.
         """
         if number not in self._formed:
             self._formed.clear()
@@ -127,10 +127,7 @@ class Plan:
         if budget is None:
             assert self.sizes.total is not None
             return Epoch(order, np.minimum(np.arange(steps + 1) * self.sizes.total, len(order)))
-        draws, permille = len(order), 0
-        while (labels := fill_batches(self.lengths[order], budget, steps, [self.seed, number])) is None:
-            permille = 2 * permille or 1
-            order = order[: max(steps, draws * (1000 - permille) // 1000)]  # as many as there are steps always fit
+        labels = _most_that_fit(self.lengths[order], budget, steps, [self.seed, number])
         places, bounds = by_batch(labels, steps)
         return Epoch(order[places], bounds)
 
@@ -146,6 +143,28 @@ class Plan:
         """
         slots = world * self.sizes.micro_batches(len(batch), world)
         return (_balanced if self.packed else _neighbours)(batch, self.lengths[batch], slots)
+
+
+def _most_that_fit(lengths: np.ndarray, budget: int, steps: int, seed: list[int]) -> np.ndarray:
+    """The batch of each of the first conversations, ``int64 [placed]``: all, or to 0.1% as many as find a place."""
+
+    def placed(count: int) -> np.ndarray | None:
+        return fill_batches(lengths[:count], budget, steps, seed)
+
+    tokens = np.cumsum(np.minimum(lengths.astype(np.int64, copy=False), budget))
+    count = int(np.searchsorted(tokens, steps * budget, side="right"))  # more have too many tokens, however placed
+    too_many, grain = count + 1, max(1, len(lengths) // 1000)
+    fewer = grain
+    while (found := placed(count)) is None:
+        too_many, count = count, max(steps, count - fewer)  # as many as there are steps always fit
+        fewer *= 2
+    while too_many - count > grain:
+        tried = (count + too_many) // 2
+        if (labels := placed(tried)) is None:
+            too_many = tried
+        else:
+            count, found = tried, labels
+    return found
 
 
 def deal_evaluation(lengths: np.ndarray, per_device: int, rank: int, world: int) -> list[np.ndarray]:

@@ -1,25 +1,28 @@
-"""Draws at rates, a few more or fewer of them than asked, so that steps of a token budget are full.
+"""How many draws an epoch has where tasks are drawn at rates and steps hold a budget of tokens.
 
 Where every conversation is seen once an epoch, the last step of an epoch may be part empty. At rates an epoch may have
-any number of draws, so it has one that ends with a full step.
+any number of draws, so it gets one that fills all of its steps.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 import numpy as np
 
 from mft_lightning.data.sampling import TaskDraws
 from mft_lightning.data.token_batches import ROOM, count_batches
 
-ENOUGH = 0.975  # of the budget, filled by typical draws: they stay as they are
-MOST = 1 / 8  # of the draws, more or fewer
+AIMS = (0.99, ROOM)  # of the budget, that typical draws are to fill; of many steps count_batches leaves more room
+ENOUGH = 0.978  # of the budget, filled by typical draws: they stay as they are
+MOST = 1 / 3  # of the draws, more or fewer
 
 
 def in_whole_steps(draws: TaskDraws, lengths: np.ndarray, budget: int) -> TaskDraws:
-    """The draws with the same rates and a total, at most an eighth off, that typically fills whole steps to 98%.
+    """Draws at the same rates of which there are as many as typically fill whole steps, a third more or fewer at most.
 
-    They stay as they are where they fill enough already, and where no such total does: of few steps, or of
-    conversations that are long beside the budget.
+    They stay as they are where every conversation is drawn once, where they fill enough already, and where no such
+    number does: of less than a step, or of conversations that are long beside the budget.
 
     Args:
         draws: of each task in an epoch.
@@ -27,11 +30,11 @@ def in_whole_steps(draws: TaskDraws, lengths: np.ndarray, budget: int) -> TaskDr
         budget: most tokens of a step.
     """
     tokens, steps = _filled(draws, lengths, budget)
-    if tokens >= ENOUGH * steps:
+    if tokens >= ENOUGH * steps or list(map(len, draws.members)) == list(draws.per_epoch):
         return draws
     total = sum(draws.per_epoch)
-    for aimed in sorted((steps - 1, steps), key=lambda number: abs(ROOM * number - tokens)):
-        resized = draws.resized(int(total * ROOM * aimed / tokens))
+    for aim, aimed in product(AIMS, (steps, steps - 1)):
+        resized = draws.resized(int(total * aim * aimed / tokens))
         if abs(sum(resized.per_epoch) - total) <= MOST * total:
             tokens_then, steps_then = _filled(resized, lengths, budget)
             if tokens_then >= ENOUGH * steps_then:

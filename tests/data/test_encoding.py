@@ -53,8 +53,10 @@ def test_lines_good_and_bad_leave_no_cycles(small_tokenizer: PreTrainedTokenizer
 
 def test_python_looks_for_cycles_afterwards_as_before(small_tokenizer: PreTrainedTokenizerBase, collects: bool) -> None:
     encoder = ChatFormat(small_tokenizer).encoder
+    encode_texts, meanwhile = encoder.encode_texts, []
+    encoder.encode_texts = lambda texts: meanwhile.append(gc.isenabled()) or encode_texts(texts)
     encode_block(BLOCK, encoder, "uint16")
-    assert gc.isenabled() is collects
+    assert meanwhile == [False] and gc.isenabled() is collects
     encoder.encode_texts = lambda texts: 1 / 0
     with pytest.raises(ZeroDivisionError):
         encode_block(BLOCK, encoder, "uint16")

@@ -60,6 +60,18 @@ def test_texts_become_what_each_is_alone(
     check()
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "added", "spared"),
+    [("nfc", "ascii", True), ("nfkd", "nothing", True), ("nfc", "kelvin", False), ("lowercase", "nothing", False)],
+)
+def test_ascii_is_spared_a_normal_form_and_nothing_else(
+    small_tokenizer: PreTrainedTokenizerBase, normalizer: str, added: str, spared: bool
+) -> None:
+    encode = PlainTexts(made(small_tokenizer, normalizer, added).to_str())
+    assert (encode._for_ascii.normalizer is None) is spared
+    assert (encode._for_ascii is encode._tokenizer) is not spared and encode._tokenizer.normalizer is not None
+
+
 def test_a_letter_is_the_added_token_that_its_normal_form_is(small_tokenizer: PreTrainedTokenizerBase) -> None:
     library = made(small_tokenizer, "nfc", "kelvin")
     token = library.token_to_id(KELVIN)

@@ -204,6 +204,28 @@ def test_drawn_at_rates_nearly_all_is_seen_and_the_budget_filled() -> None:
         assert len(plan.epoch(epoch).order) >= 9800
 
 
+def test_of_draws_that_do_not_fit_as_few_as_can_be_are_left_out() -> None:
+    lengths = np.full(10_000, 10)
+    draws = TaskDraws(members=(np.arange(10_000),), per_epoch=(10_000,), seed=3)
+    sizes = BatchSizes(None, 8, None, 1000)
+    plan = Plan(lengths=lengths, sizes=sizes, packed=True, seed=3, draws=draws)
+    plan.__dict__["steps_per_epoch"] = 93  # which hold 9,300
+    assert 9290 <= len(plan.epoch(0).order) <= 9300
+    uneven = np.where(np.arange(10_000) % 4, 10, 400)
+    plan = Plan(lengths=uneven, sizes=sizes, packed=True, seed=3, draws=draws)
+    plan.__dict__["steps_per_epoch"] = 1000  # of the 1,250 that they need, two of 400 to each
+    kept = plan.epoch(0).order
+    order = draws.drawn(0)[np.random.default_rng([3, 0]).permutation(np.arange(10_000, dtype=np.int32))]
+    first_without_room = int(np.searchsorted(np.cumsum(uneven[order] == 400), 2000, side="right"))
+    assert first_without_room - 10 <= len(kept) <= first_without_room
+
+
+def test_steps_by_conversations_are_as_many_as_the_draws_need() -> None:
+    draws = TaskDraws(members=(np.arange(100),), per_epoch=(90,), seed=3)
+    plan = Plan(lengths=np.full(100, 7), sizes=BatchSizes(10, 2, None), packed=True, seed=3, draws=draws)
+    assert [len(batch) for batch in steps(plan)] == [10] * 9
+
+
 def test_real_lengths_fill_the_budget(real_tasks: list[str], pythia: Path) -> None:
     data = MFTDataModule(
         data_paths=real_tasks, tokenizer_path=str(pythia), seq_length=1024, total_train_batch_tokens=16384

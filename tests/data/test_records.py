@@ -236,6 +236,11 @@ BAD = {
         "empty-answer",
         "chat_rounds[3]",
     ),
+    "bot empty after a system turn": (
+        chat(b'{"role": "system", "content": "s"}', HUMAN, b'{"role": "bot", "content": ""}'),
+        "empty-answer",
+        "chat_rounds[2]: the bot's",
+    ),
     "answer empty": (b'{"prompt": "q", "answer": ""}', "empty-answer", "answer"),
     "no bot turn": (chat(SYS, HUMAN), "no-bot-turn", "chat_rounds"),
     "no round at all": (b'{"messages": []}', "no-bot-turn", "messages"),

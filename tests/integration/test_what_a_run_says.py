@@ -106,8 +106,9 @@ def test_the_start_of_a_run_by_tokens_at_rates(
         said["batch"],
     )
     assert filled and 97 <= float(filled[1]) <= 100
-    assert said["sampling"].split(", ")[0] == "text_to_code 25.0% (0.51 times an epoch)"
-    assert "code_explanation 50.0% (1.54 times an epoch)" in said["sampling"]
+    assert said["sampling"].split(", ")[0] == "text_to_code 25.0% (0.52 times an epoch)"
+    assert "code_explanation 50.0% (1.56 times an epoch)" in said["sampling"]
+    assert re.search(r", [\d,]+ draws an epoch of [\d,]+, so that its steps are full, ", said["sampling"])
     assert re.search(r", [\d,]+ of [\d,]+ draws left out of the first epoch for want of room$", said["sampling"])
     again = ("--ckpt_path", "last", "--data.padding_mode", "padding")
     again += ("--data.per_device_train_batch_size", "null", "--data.gradient_accumulation_steps", "2")
