@@ -1,6 +1,6 @@
 """Tokenising speed and memory beside the tokenizers library's own.
 
-    python benchmarks/tokenise.py                      speed, on 32 MiB, in turns, in one run
+    python benchmarks/tokenise.py                      speed, on 128 MiB, in turns, in one run
     python benchmarks/tokenise.py --memory --mib 2048  resident memory of `prepare` and `fit` on a corpus of 2 GiB
 
 The corpus is made of lines of the task directories given by --data (default: the quickstart's), drawn at random with
@@ -147,7 +147,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=QUICKSTART, help="task directories")
     parser.add_argument("--tokenizer", default=str(ROOT / "examples" / "model"))
-    parser.add_argument("--mib", type=int, default=32)
+    parser.add_argument("--mib", type=int, default=128)
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", action="store_true")
